@@ -1,0 +1,127 @@
+"""Whose frame is being traced, and which assumptions it may make.
+
+Dynamo traces one Python frame for one backend; everything in this package acts only if that backend is moec's
+(`_moec_backend = True` on the callable, however torch has wrapped it). The test is made against the frame, not the call:
+a scope entered around the call would also reach eager helpers and other backends' functions called from inside.
+
+Unbacked sizes (`nonzero`) and scalars (`tolist`) are switched on in the one place where a frame reads these settings, the
+construction of its OutputGraph, and in `Tensor.item`; the global configuration never changes while user code or a
+backend runs.
+
+`retrace_without` is the way back: it remembers the places a frame must not assume about, and makes Dynamo start over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+import torch._dynamo.config as dynamo_config
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._dynamo.variables.tensor import TensorVariable
+
+from .seams import log, wrap
+
+# The ways torch and functools keep the callable that they wrap.
+_INNER = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
+
+# Places denied so far, for the module whose forward is traced (or the code, for a plain function): a recompilation for
+# another shape must not repeat an assumption that has already failed.
+_denied: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
+
+
+def is_ours(backend: object) -> bool:
+    """Whether `backend` is moec's, seen through the wrappers of torch.compile, Dynamo and functools."""
+    for _ in range(16):  # wrappers are few; the bound is against cycles
+        if backend is None:
+            return False
+        if getattr(backend, "_moec_backend", False) is True:
+            return True
+        backend = next(
+            (inner for name in _INNER if (inner := getattr(backend, name, None)) is not None), None
+        )
+    return False
+
+
+def ours(tx: InstructionTranslatorBase) -> bool:
+    """Whether the frame that `tx` belongs to is being traced for moec."""
+    return getattr(tx.output, "_moec_ours", False)
+
+
+def where(tx: InstructionTranslatorBase) -> str:
+    """ "file:line" of the user's code that is being traced."""
+    return f"{tx.f_code.co_filename}:{tx.lineno}"
+
+
+def may_assume(tx: InstructionTranslatorBase) -> bool:
+    return ours(tx) and where(tx) not in _denied.get(_owner(tx.output.root_tx), ())
+
+
+def retrace_without(wheres: Iterable[str], reason: str = "no rewritten region discharges it") -> NoReturn:
+    """Have Dynamo trace the current frame again without the assumptions made at `wheres`; call it inside the backend.
+
+    Does not return: the exception it raises must reach Dynamo. The places then break the graph as they do without moec.
+    """
+    root = InstructionTranslator.current_tx().output.root_tx
+    denied = _denied.setdefault(_owner(root), set())
+    new = set(wheres) - denied
+    if not new:
+        raise AssertionError(f"moec: already retraced without {sorted(set(wheres))}")
+    denied |= new
+    message = (
+        "moec: traced again without the assumption that every expert has tokens, at "
+        + ", ".join(sorted(new))
+        + f" ({reason}); the graph breaks there as it does without moec"
+    )
+    log.warning(message)
+    warnings.warn(message, stacklevel=2)
+    # The second trace takes other branches than the first, so what the first one learnt about its own is void.
+    root.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="moec: assumption not discharged")
+
+
+def forget_denied() -> None:
+    """Allow all assumptions again (after `torch._dynamo.reset()`, in tests)."""
+    _denied.clear()
+
+
+def _owner(root: InstructionTranslatorBase) -> object:
+    module = root.f_locals.get("self")
+    try:
+        hash(module), weakref.ref(module)
+    except TypeError:
+        return root.f_code
+    return module
+
+
+def install() -> None:
+    wrap(OutputGraph, "__init__", _mark_and_allow_unbacked)
+    wrap(TensorVariable, "method_item", _allow_item)
+
+
+def _mark_and_allow_unbacked(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    def __init__(self: OutputGraph, *args: object, **kwargs: object) -> None:
+        self._moec_ours = is_ours(signature.bind(self, *args, **kwargs).arguments.get("compiler_fn"))
+        if not self._moec_ours:
+            return original(self, *args, **kwargs)
+        with dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+            return original(self, *args, **kwargs)
+
+    return __init__
+
+
+def _allow_item(original: Callable[..., object]) -> Callable[..., object]:
+    def method_item(self: TensorVariable, tx: InstructionTranslatorBase, *args: object, **kwargs: object) -> object:
+        if not ours(tx):
+            return original(self, tx, *args, **kwargs)
+        with dynamo_config.patch(capture_scalar_outputs=True):
+            return original(self, tx, *args, **kwargs)
+
+    return method_item

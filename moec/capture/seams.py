@@ -1,0 +1,45 @@
+"""How moec reaches into Dynamo: wrap one attribute, and do without if it is not there.
+
+Every seam has the same shape: `wrap(owner, "name", around)` replaces `owner.name` by `around(original)`. The replacement asks
+first whether the frame being traced is moec's own (`frames.ours`) and otherwise calls the original. A torch version without
+the attribute loses what the seam brings (the frame breaks there, as it does without moec) and says so once.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import logging
+from collections.abc import Callable, Iterator
+
+log = logging.getLogger("moec")
+
+
+def wrap(owner: object, name: str, around: Callable[[Callable[..., object]], Callable[..., object]]) -> bool:
+    """Replace `owner.name` by `around(owner.name)`, once; False where torch has no such attribute."""
+    original = getattr(owner, name, None)
+    if original is None:
+        log.warning("moec.capture: this torch has no %s.%s; the frames that need it will break", owner, name)
+        return False
+    if hasattr(original, "_moec_original"):
+        return True
+    replacement = functools.wraps(original)(around(original))
+    replacement._moec_original = original
+    setattr(owner, name, replacement)
+    return True
+
+
+def wrap_opcode(translator: type, name: str, around: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Wrap a bytecode handler. Dynamo copies handlers into one dispatch table per class, so those are rewritten too."""
+    if name not in dis.opmap:
+        return  # another Python version's opcode
+    if not wrap(translator, name, around):
+        return
+    for cls in _with_subclasses(translator):
+        cls.dispatch_table[dis.opmap[name]] = getattr(cls, name)
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for sub in cls.__subclasses__():
+        yield from _with_subclasses(sub)

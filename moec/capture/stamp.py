@@ -1,0 +1,182 @@
+"""One traced iteration of a loop, made into a stamp.
+
+    iteration 1                        iteration 2                        stamp
+    w = experts.1.weight               w = experts.2.weight               w = experts.{j}.weight
+    m = ids == 1                       m = ids == 2                       m = ids == {j}
+    o1 = index_add(o0, 0, t, ...)      o2 = index_add(o1, 0, t, ...)      o{j} = index_add(o{j-1}, 0, t, ...)
+
+`read` puts two consecutive iterations side by side. An operand is the same in both, or a node at the same place of its own
+or of the previous iteration, or what the iterator yielded, or its number, or a tensor whose name differs in the iteration's
+key. Anything else, and there is no stamp. `press` writes the nodes of iteration j.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._dynamo.variables.builder import VariableBuilder
+from torch._guards import Source
+
+from . import twins
+from .fakes import Resizer
+from .indices import Mark, Path
+
+_OWN, _PREVIOUS, _ITEM, _NUMBER, _NAMED = "own", "previous", "item", "number", "named"
+
+
+class NoStamp(Exception):
+    """These iterations are not one body repeated; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A varying operand: its kind, and the position, path or placeholder that tells which."""
+
+    kind: str
+    which: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Yielded:
+    """What the iterator yielded: the leaves of the (nested) tuple by path, as numbers, graph nodes and names of objects."""
+
+    numbers: dict[Path, int]
+    nodes: dict[Path, fx.Node]
+    sources: dict[Path, Source]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stamp:
+    nodes: list[fx.Node]  # of iteration 2
+    operands: list[tuple[object, object]]  # their args and kwargs, with Refs in them
+    named: list[fx.Node]  # placeholders behind _NAMED operands, in the order they were lifted
+    resizer: Resizer
+
+    def press(
+        self, tx: InstructionTranslatorBase, item: Yielded, names: dict[Source, Source], previous: list[fx.Node]
+    ) -> list[fx.Node]:
+        """Write the iteration that got `item`: `names` are its objects' names by those in iteration 2."""
+        lifted = {}
+        for node in self.named:
+            source = twins.rename_all(source_of(node), names)
+            lifted[node] = VariableBuilder(tx, source)(twins.resolve(tx, source)).as_proxy().node
+        twins.repeat_guards(tx, names)
+
+        written: list[fx.Node] = []
+        look_up: dict[str, Callable[..., object]] = {
+            _OWN: written.__getitem__,
+            _PREVIOUS: previous.__getitem__,
+            _ITEM: item.nodes.__getitem__,
+            _NUMBER: item.numbers.__getitem__,
+            _NAMED: lifted.__getitem__,
+        }
+
+        def fill(leaf: object) -> object:
+            return look_up[leaf.kind](leaf.which) if isinstance(leaf, Ref) else leaf
+
+        values = self.resizer.start(tx)
+        for model, (args, kwargs) in zip(self.nodes, self.operands):
+            node = tx.output.graph.create_node(model.op, model.target, map_leaves(args, fill), map_leaves(kwargs, fill))
+            node.meta.update((k, v) for k, v in model.meta.items() if k not in ("example_value", "unbacked_bindings"))
+            if "example_value" in model.meta:
+                values.set_value(model, node)
+            written.append(node)
+        return written
+
+
+def read(
+    first: list[fx.Node], second: list[fx.Node], items: tuple[Yielded, Yielded], keys: set[Source], resizer: Resizer
+) -> Stamp:
+    """The stamp of two consecutive iterations; `keys` are the names in iteration 2 that may vary. Raises NoStamp."""
+    if len(first) != len(second):
+        raise NoStamp(f"{len(first)} nodes, then {len(second)}")
+    place = [{node: i for i, node in enumerate(nodes)} for nodes in (first, second)]
+    yielded = {node: path for path, node in items[1].nodes.items()}
+    named: dict[fx.Node, None] = {}
+
+    def varying(a: object, b: object) -> object:
+        if isinstance(b, fx.Node):
+            return node(a, b)
+        if type(b) is Mark:
+            if a != items[0].numbers[b.path]:
+                raise NoStamp("a number stands elsewhere")
+            return Ref(_NUMBER, b.path)
+        if a is not b and (type(a) is not type(b) or a != b):
+            raise NoStamp(f"the constant {a} became {b}")
+        return b
+
+    def node(a: object, b: fx.Node) -> object:
+        if b in place[1]:
+            if place[0].get(a) != place[1][b]:
+                raise NoStamp("wired differently")
+            return Ref(_OWN, place[1][b])
+        if b in place[0]:
+            if a in place[0]:
+                raise NoStamp("wired differently")
+            return Ref(_PREVIOUS, place[0][b])
+        if b in yielded:
+            if a is b or a is not items[0].nodes[yielded[b]]:
+                raise NoStamp("the iterator's value is used in two ways")
+            return Ref(_ITEM, yielded[b])
+        if a is b:
+            return b
+        if b.op == "placeholder" and isinstance(a, fx.Node) and a.op == "placeholder":
+            if not any(part in keys for part in twins.parts(source_of(b))):
+                raise NoStamp(f"{b} is not named by the iteration")
+            named[b] = None
+            return Ref(_NAMED, b)
+        raise NoStamp(f"{a} became {b}")
+
+    operands = []
+    for a, b in zip(first, second):
+        if (a.op, a.target) != (b.op, b.target):
+            raise NoStamp(f"{a.target} became {b.target}")
+        operands.append((zip_leaves(a.args, b.args, varying), zip_leaves(a.kwargs, b.kwargs, varying)))
+    order = {placeholder: i for i, placeholder in enumerate(second[0].graph.find_nodes(op="placeholder"))} if named else {}
+    return Stamp(second, operands, sorted(named, key=order.__getitem__), resizer)
+
+
+def source_of(placeholder: fx.Node) -> Source:
+    return placeholder.meta["grapharg"].source
+
+
+def unmark(nodes: list[fx.Node]) -> None:
+    """Turn marked numbers back into plain ones."""
+
+    def plain(leaf: object) -> object:
+        return int(leaf) if type(leaf) is Mark else leaf
+
+    for node in nodes:
+        if any(type(leaf) is Mark for leaf in _leaves((node.args, node.kwargs))):
+            node.args, node.kwargs = map_leaves(node.args, plain), map_leaves(node.kwargs, plain)
+
+
+def map_leaves(tree: object, fn: Callable[[object], object]) -> object:
+    return zip_leaves(tree, tree, lambda _, leaf: fn(leaf))
+
+
+def zip_leaves(a: object, b: object, fn: Callable[[object, object], object]) -> object:
+    """`b` with every leaf replaced by fn(leaf of a, leaf of b)."""
+    if isinstance(b, (tuple, list)):
+        if type(a) is not type(b) or len(a) != len(b):
+            raise NoStamp(f"{a} became {b}")
+        items = [zip_leaves(x, y, fn) for x, y in zip(a, b)]
+        return items if isinstance(b, list) else tuple(items)
+    if isinstance(b, dict):
+        if not isinstance(a, dict) or list(a) != list(b):
+            raise NoStamp(f"{a} became {b}")
+        return {key: zip_leaves(a[key], b[key], fn) for key in b}
+    if isinstance(b, slice):
+        if not isinstance(a, slice):
+            raise NoStamp(f"{a} became {b}")
+        return slice(*(zip_leaves(getattr(a, part), getattr(b, part), fn) for part in ("start", "stop", "step")))
+    return fn(a, b)
+
+
+def _leaves(tree: object) -> Iterator[object]:
+    found: list[object] = []
+    map_leaves(tree, found.append)
+    return iter(found)

@@ -1,0 +1,19 @@
+"""The errors that moec raises on purpose. Each says what was found, what was expected and what to do about it."""
+
+from __future__ import annotations
+
+
+class MoecError(Exception):
+    """Base of all errors that moec raises on purpose."""
+
+
+class OptionError(MoecError, ValueError):
+    """An option of `torch.compile(..., options={...})` that moec does not understand."""
+
+
+class StrictError(MoecError, RuntimeError):
+    """With `moec.strict`: something that would otherwise only have been reported (a refused site, an internal fault)."""
+
+
+class VerificationError(MoecError, AssertionError):
+    """A rewritten region that does not agree with the original."""

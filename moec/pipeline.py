@@ -1,0 +1,248 @@
+"""The way from a captured graph to a rewritten one, as one visible list of steps.
+
+    detect -> schedule -> cut out "before" -> lower -> cut out "after" -> verify
+
+`rewrite_graph` works on a copy, so that a mismatch or a fault leaves the original as it was. Graphs called by higher-order ops
+(checkpoint bodies) are walked too.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from moec import schedule
+from moec.config import Options, split
+from moec.errors import OptionError, StrictError
+from moec.fx import extract, value
+from moec.ir import GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site
+from moec.passes import facts
+from moec.passes.body import expressions
+from moec.passes.detect import Detection, detect, outer_nodes
+from moec.passes.lower import Lowered, lower
+from moec.passes.verify import Mismatch, verify
+
+log = logging.getLogger("moec")
+
+
+@dataclass(eq=False)
+class Result:
+    """A rewritten graph and what happened to each site."""
+
+    gm: fx.GraphModule
+    sites: list[Site] = field(default_factory=list)
+
+
+def rewrite_graph(gm: fx.GraphModule, options: Options, verified: dict[str, str] | None = None) -> Result:
+    """Rewrites all regions of a graph and of the graphs it calls. The given module is not changed."""
+    verified = {} if verified is None else verified
+    result = _rewrite_one(gm, options, verified)
+    for name, child in list(result.gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            inner = rewrite_graph(child, options, verified)
+            setattr(result.gm, name, inner.gm)
+            result.sites += inner.sites
+    return result
+
+
+def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str]) -> Result:
+    skip: set[str] = set()
+    if options.disable is True:
+        return Result(gm)
+    while True:
+        work = _copy(gm)
+        detection = detect(work.graph, options.strict)
+        regions = tuple(r for r in detection.regions if not _switched_off(r, options) and r.root.name not in skip)
+        if len(regions) < len(detection.regions):
+            detection = detect(work.graph, options.strict, keep=frozenset(r.root.name for r in regions))
+        sites = [_refused(idiom, r) for idiom, r in detection.refusals]
+        sites += [_refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location)) for r in detection.regions if _switched_off(r, options)]
+        befores = [_before(work, detection, r) for r in detection.regions]
+        problems = [_problem(r) for r in detection.regions]
+        lowered = lower(work.graph, detection)
+        work.graph.lint()
+        work.recompile()
+        for before, problem, done in zip(befores, problems, lowered):
+            sites.append(_rewritten(work, before, problem, done))
+        wrong = _verify(detection, sites, options, verified) if options.verify != "off" else []
+        if not wrong:
+            return Result(work, sites)
+        skip |= {name for name, _ in wrong}
+
+
+def _switched_off(region: MoERegion, options: Options) -> bool:
+    return options.disabled(region.location)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapped)
+    last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    graph.output(output).meta = dict(last.meta)
+    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    made = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    made.meta = dict(gm.meta)
+    return made
+
+
+def _refused(idiom: str, refusal: Refusal) -> Site:
+    return Site(status="refused", idiom=idiom, location=refusal.location, reason=str(refusal))
+
+
+def _problem(region: MoERegion) -> Problem | None:
+    products = [e for e in expressions(region.body) if isinstance(e, GroupedLinear)]
+    inner, outer = _weight_shape(products[-1]), _weight_shape(products[0])
+    x = value(region.x) if region.x is not None else None
+    if inner is None or outer is None:
+        return None
+    tokens = x.shape[0] if isinstance(x, torch.Tensor) and isinstance(x.shape[0], int) else None
+    return Problem(
+        num_tokens=tokens,
+        top_k=region.top_k,
+        num_experts=region.num_experts,
+        d_model=inner[1],
+        d_expert=outer[1] if len(products) > 1 else inner[0],
+        dtype=inner[2],
+        device=inner[3],
+        training=torch.is_grad_enabled(),
+        stacked=not isinstance(products[0].weight, Separate),
+        bias=any(p.bias is not None for p in products),
+    )
+
+
+def _weight_shape(product: GroupedLinear) -> tuple[int, int, torch.dtype, str] | None:
+    """(out features, in features, dtype, device) of one expert's weight."""
+    if isinstance(product.weight, Separate):
+        val = value(product.weight.values[0])
+    else:
+        outers = [e for e in expressions(product.weight.value) if isinstance(e, Outer)]
+        val = value(outers[0].node) if outers else None
+    if not isinstance(val, torch.Tensor):
+        return None
+    out, inside = val.shape[-2:] if not product.transposed else (val.shape[-1], val.shape[-2])
+    return int(out), int(inside), val.dtype, val.device.type
+
+
+def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.GraphModule | None:
+    """The original region, from the nodes it reads to its root."""
+    inputs = outer_nodes(region)
+    output = region.root_readers[0][1] if region.root_readers else region.root
+    # two nodes may hold the same value (x viewed twice): both are the input
+    values = detection.values
+    held = {id(values.of[n]): n for n in inputs}
+    same = {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
+    behind = _cone(detection, {region.root, output}, set(same), region.root)
+    inputs += [n for n in behind if n.op in ("placeholder", "get_attr") and n not in inputs]
+    try:
+        return extract(gm, [n for n in gm.graph.nodes if n in behind], inputs, output, "Before", same)
+    except Exception:
+        log.debug("moec: could not cut out %s", region.root, exc_info=True)
+        return None
+
+
+def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: fx.Node) -> set[fx.Node]:
+    """What `wanted` is computed from, writes to the buffers on the way included, up to the node `last`."""
+    values = detection.values
+    found: set[fx.Node] = set()
+    work = list(wanted)
+    while work:
+        node = work.pop()
+        if node in found or node in stop or values.position[node] > values.position[last]:
+            continue
+        found.add(node)
+        work.extend(node.all_input_nodes)
+        work.extend(w for w in values.writes.get(values.storage.get(node, node), ()))
+    return found
+
+
+def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Problem | None, done: Lowered) -> Site:
+    region = done.region
+    inputs = {n for node in done.nodes for n in node.all_input_nodes if n not in done.nodes}
+    ordered = [n for n in gm.graph.nodes if n in inputs]
+    after = extract(gm, done.nodes, ordered, done.result, "After")
+    site = Site(
+        status="rewritten",
+        idiom=region.idiom,
+        location=region.location,
+        num_experts=region.num_experts,
+        top_k=region.top_k,
+        before=before,
+        after=after,
+        facts=region.facts,
+    )
+    if problem is not None:
+        site.d_model, site.d_expert = problem.d_model, problem.d_expert
+        site.granularity = 4 * problem.d_model / problem.d_expert
+        site.strategy = schedule.describe(problem)
+    return site
+
+
+def _verify(detection: Detection, sites: list[Site], options: Options, verified: dict[str, str]) -> list[tuple[str, Site]]:
+    """The regions that are wrong; their sites say so. Equal regions are checked once unless everything is asked for."""
+    wrong = []
+    done = [s for s in sites if s.status == "rewritten"]
+    for region, site in zip(detection.regions, done):
+        if site.before is None or site.after is None:
+            site.verified = "not verified: the region could not be cut out"
+            continue
+        key = _structure(site)
+        if options.verify == "sample" and key in verified:
+            site.verified = verified[key]
+            continue
+        ids = next(e.node.name for e in expressions(region.topk_ids) if isinstance(e, Outer))
+        root = facts.ids_root(detection.values.of[next(e.node for e in expressions(region.topk_ids) if isinstance(e, Outer))])
+        try:
+            outcome = verify(site.before, site.after, ids, region.num_experts, root is not None and facts.ids_distinct(root))
+        except Exception as fault:
+            if options.strict:
+                raise
+            outcome = f"not verified: {type(fault).__name__}: {fault}"
+        if isinstance(outcome, Mismatch):
+            message = f"the rewritten region does not agree with the original: {outcome}. Please report this."
+            log.error("moec: %s (%s)", message, region.location)
+            if options.strict:
+                raise StrictError(message)
+            wrong.append((region.root.name, site))
+            continue
+        site.verified = verified[key] = outcome
+    return wrong
+
+
+def _structure(site: Site) -> str:
+    """A text that two regions share when they are the same computation on the same shapes."""
+    assert site.before is not None and site.after is not None
+    shapes = [str(getattr(value(n), "shape", None)) + str(getattr(value(n), "dtype", None)) for n in site.before.graph.nodes if n.op == "placeholder"]
+    names = {n: f"%{i}" for gm in (site.before, site.after) for i, n in enumerate(gm.graph.nodes)}
+    body = [
+        f"{n.op}:{n.target if n.op != 'placeholder' else ''}({torch.fx.node.map_arg(n.args, names.get)},{torch.fx.node.map_arg(n.kwargs, names.get)})"
+        for gm in (site.before, site.after)
+        for n in gm.graph.nodes
+    ]
+    return "\n".join(shapes + body)
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[object] | None = None, options: Mapping[str, object] | None = None
+) -> tuple[fx.GraphModule, list[Site]]:
+    """The pass alone: rewrites a Dynamo graph, or the module of a `torch.export` program (`ep.module()` or `ep.graph_module`).
+
+    `gm` is not changed. `example_inputs` are needed only when the graph has no fake values (a plain `symbolic_trace`); then they
+    are propagated through a copy first. `options` are moec's own ("moec.verify", "moec.disable", "moec.strict").
+    Returns the new module and one `Site` for each MoE layer found.
+    """
+    ours, rest = split(options)
+    if rest:
+        raise OptionError(f"moec.rewrite knows only moec's own options, not {', '.join(map(repr, rest))}")
+    if example_inputs is not None and not any(value(n) is not None for n in gm.graph.nodes):
+        from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+        gm = _copy(gm)
+        FakeTensorProp(gm).propagate(*example_inputs)
+    result = rewrite_graph(gm, ours)
+    return result.gm, result.sites

@@ -1,0 +1,601 @@
+"""normalise: an FX graph becomes terms. Reads the graph, never edits it.
+
+Three kinds of difference in spelling end here: the name (`call_method`, `torch.`, `F.`, `operator.`, `aten.`), the arguments
+(positional, keyword, negative dims, `x[i, None]`), and mutation (`+=`, `index_add_`, `masked_fill_`, `x[i] = y`): a write makes
+a new value for the buffer, and from then on every read of the buffer is a read of that value. A write through one view makes
+every *other* view of the same buffer an unknown value: a doubt, not a guess.
+
+Not handled, and therefore unknown ("opaque"): calls of functions that are not torch's, writes through views, higher-order ops.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from moec.passes.terms import Arg, Interner, Term
+
+# name -> argument names, for the operations whose arguments detection reads. A default of ... means "required".
+SIGNATURES: dict[str, tuple[tuple[str, object], ...]] = {
+    "transpose": (("x", ...), ("dim0", ...), ("dim1", ...)),
+    "unsqueeze": (("x", ...), ("dim", ...)),
+    "squeeze": (("x", ...), ("dim", None)),
+    "select": (("x", ...), ("dim", ...), ("index", ...)),
+    "index_select": (("x", ...), ("dim", ...), ("index", ...)),
+    "gather": (("x", ...), ("dim", ...), ("index", ...), ("sparse_grad", False)),
+    "narrow": (("x", ...), ("dim", ...), ("start", ...), ("length", ...)),
+    "slice": (("x", ...), ("dim", 0), ("start", None), ("end", None), ("step", 1)),
+    "chunk": (("x", ...), ("chunks", ...), ("dim", 0)),
+    "split": (("x", ...), ("split_size", ...), ("dim", 0)),
+    "unbind": (("x", ...), ("dim", 0)),
+    "sum": (("x", ...), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "mean": (("x", ...), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "any": (("x", ...), ("dim", None), ("keepdim", False)),
+    "amax": (("x", ...), ("dim", None), ("keepdim", False)),
+    "cumsum": (("x", ...), ("dim", ...), ("dtype", None)),
+    "one_hot": (("x", ...), ("num_classes", -1)),
+    "nonzero": (("x", ...), ("as_tuple", False)),
+    "argsort": (("x", ...), ("dim", -1), ("descending", False), ("stable", False)),
+    "sort": (("x", ...), ("dim", -1), ("descending", False), ("stable", False)),
+    "topk": (("x", ...), ("k", ...), ("dim", -1), ("largest", True), ("sorted", True)),
+    "bincount": (("x", ...), ("weights", None), ("minlength", 0)),
+    "histc": (("x", ...), ("bins", 100), ("min", 0), ("max", 0)),
+    "index_add": (("x", ...), ("dim", ...), ("index", ...), ("source", ...), ("alpha", 1)),
+    "index_put": (("x", ...), ("indices", ...), ("values", ...), ("accumulate", False)),
+    "scatter": (("x", ...), ("dim", ...), ("index", ...), ("src", ...)),
+    "scatter_add": (("x", ...), ("dim", ...), ("index", ...), ("src", ...)),
+    "masked_fill": (("x", ...), ("mask", ...), ("value", ...)),
+    "clamp": (("x", ...), ("min", None), ("max", None)),
+    "cat": (("tensors", ...), ("dim", 0)),
+    "linear": (("x", ...), ("weight", ...), ("bias", None)),
+    "matmul": (("x", ...), ("y", ...)),
+    "bmm": (("x", ...), ("y", ...)),
+    "addmm": (("bias", ...), ("x", ...), ("y", ...), ("beta", 1), ("alpha", 1)),
+    "grouped_mm": (("x", ...), ("y", ...), ("offs", None), ("bias", None), ("out_dtype", None)),
+    "repeat_interleave": (("x", ...), ("repeats", ...), ("dim", None), ("output_size", None)),
+    "floor_divide": (("x", ...), ("y", ...)),
+    "sym_size": (("x", ...), ("dim", ...)),
+    "add": (("x", ...), ("y", ...), ("alpha", 1)),
+    "sub": (("x", ...), ("y", ...), ("alpha", 1)),
+    "mul": (("x", ...), ("y", ...)),
+    **{name: (("x", ...), ("y", ...)) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+}
+
+# other spellings of the names above (after a trailing underscore has been taken off)
+ALIASES = {
+    "view": "reshape", "flatten": "reshape", "unflatten": "reshape", "view_as": "reshape", "_unsafe_view": "reshape",
+    "reshape_as": "reshape", "ravel": "reshape",
+    "swapaxes": "transpose", "swapdims": "transpose", "concat": "cat", "concatenate": "cat",
+    "split_with_sizes": "split", "clamp_max": "clamp_max", "clip": "clamp", "mm": "matmul", "__matmul__": "matmul",
+    "grouped_mm": "grouped_mm", "_grouped_mm": "grouped_mm", "grouped_mm_fallback": "grouped_mm",
+    "index.Tensor": "index", "floordiv": "floor_divide", "truediv": "div", "multiply": "mul", "divide": "div", "true_divide": "div",
+    "subtract": "sub", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
+    "and_": "bitwise_and", "or_": "bitwise_or", "inv": "bitwise_not", "invert": "bitwise_not", "imul": "mul",
+    "new_zeros": "zeros", "zeros_like": "zeros", "new_empty": "empty", "empty_like": "empty", "ones_like": "ones", "new_ones": "ones",
+    "nonzero_numpy": "nonzero_tuple", "matrix_transpose": "mT",
+    "__rmul__": "mul", "__radd__": "add",
+}  # fmt: skip
+INPLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floor_divide", "iand": "bitwise_and", "ior": "bitwise_or", "ipow": "pow"}  # fmt: skip
+FOREIGN = {"transformers::grouped_mm_fallback": "grouped_mm"}
+CASTS = {"to", "type", "float", "double", "half", "bfloat16", "long", "int", "bool", "type_as", "_to_copy", "convert_element_type", "char", "short"}  # fmt: skip
+IDENTITIES = {"contiguous", "clone", "alias", "lift_fresh_copy", "__copy__"}
+FRESH = {"empty", "empty_strided", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "randint", "randperm", "multinomial", "exponential", "rrelu"}  # fmt: skip
+VIEWS = {
+    "reshape", "transpose", "permute", "t", "T", "mT", "unsqueeze", "squeeze", "expand", "expand_as", "select", "narrow", "slice",
+    "chunk", "split", "unbind", "getitem", "item_of", "detach", "alias", "contiguous", "movedim", "diagonal", "as_strided", "data", "real", "tensor_split", "view", *CASTS,
+}  # fmt: skip
+
+
+class Values:
+    """The terms of one graph.
+
+    `of[node]` is the value of a node where it is defined; `reads[user, node]` what `user` reads when it reads `node` (they
+    differ after a write); `storage[node]` names the buffer a node may be a view of, `writes[buffer]` the nodes that write it.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.make = Interner().make
+        self.of: dict[fx.Node, Arg] = {}
+        self.reads: dict[tuple[fx.Node, fx.Node], Arg] = {}
+        self.storage: dict[fx.Node, fx.Node] = {}
+        self.view_of: dict[fx.Node, fx.Node | None] = {}
+        self.members: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.writes: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.written_at: dict[Term, fx.Node] = {}
+        self.position: dict[fx.Node, int] = {}
+        self._now: dict[fx.Node, Arg] = {}
+        for i, node in enumerate(graph.nodes):
+            self.position[node] = i
+            self._visit(node)
+
+    def holds(self, term: Term, at: fx.Node) -> fx.Node | None:
+        """A node that holds `term` when read just after node `at`: defined by then, and its buffer not written in between."""
+        limit = self.position[at]
+        for node in term.nodes:
+            start = self.position.get(node, limit + 1)
+            if start > limit or self.of.get(node) is not term:
+                continue
+            if not any(start < self.position[w] <= limit for w in self.writes[self.storage[node]]):
+                return node
+        return None
+
+    # -- one node ------------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        for arg in node.all_input_nodes:
+            self.reads[node, arg] = self._now[arg]
+        if node.op in ("placeholder", "get_attr"):
+            value: Arg = Term(node.op, (str(node.target),), (), _val(node))
+            self._define(node, value, None)
+        elif node.op == "output":
+            return
+        elif node.op in ("call_function", "call_method"):
+            self._call(node)
+        else:
+            self._define(node, self._opaque(node), None)
+
+    def _call(self, node: fx.Node) -> None:
+        name, writes, known = canonical_name(node)
+        args = tuple(self._arg(a) for a in node.args)
+        kwargs = {k: self._arg(v) for k, v in node.kwargs.items()}
+        if not known:
+            self._define(node, self._opaque(node), None)
+            if isinstance(node.target, Callable) and not _is_pure_helper(node.target):
+                for arg in node.all_input_nodes:  # a function we know nothing about may write to what it is given
+                    if isinstance(_val(arg), torch.Tensor):
+                        self._write(node, arg, self._opaque(arg))
+            return
+        if name == "setitem":
+            target, index, source = node.args
+            self._write(node, target, self._setitem(args[0], args[1], args[2], _val(target)))
+            self._define(node, None, None)
+            return
+        target = node.args[0] if node.args else node.kwargs.get("input")
+        if "out" in kwargs:
+            self._define(node, self._opaque(node), None)
+            out = node.kwargs["out"]
+            if isinstance(out, fx.Node):
+                self._write(node, out, self._opaque(node))
+            return
+        if kwargs.pop("inplace", False):
+            writes = True
+        value = self._build(name, args, kwargs, node)
+        if writes and isinstance(target, fx.Node) and isinstance(_val(target), torch.Tensor):
+            if isinstance(value, Term) and isinstance(_val(target), torch.Tensor):
+                value = self._cast(value, _val(target).dtype, _val(target))
+            self._write(node, target, value)
+            self._define(node, value, target)
+            return
+        alias = target if isinstance(target, fx.Node) and name in VIEWS | IDENTITIES and not _copies(name, args, target, node) else None
+        self._define(node, value, alias)
+
+    def _define(self, node: fx.Node, value: Arg, alias_of: fx.Node | None) -> None:
+        if isinstance(value, Term):
+            if value.val is None:
+                value.val = _val(node)
+            value.nodes.append(node)
+        self.of[node] = self._now[node] = value
+        self.view_of[node] = alias_of
+        self.storage[node] = self.storage[alias_of] if alias_of is not None else node
+        self.members[self.storage[node]].append(node)
+
+    def _write(self, writer: fx.Node, target: fx.Node, value: Arg) -> None:
+        buffer = self.storage[target]
+        self.writes[buffer].append(writer)
+        if isinstance(value, Term):
+            self.written_at[value] = writer
+        before = self._now[target]
+        for member in self.members[buffer]:
+            # a node that held the same value is the same view of the buffer; another view is no longer known
+            whole = self._now[member] is before and _same_view(member, target)
+            self._now[member] = value if whole or member is target else self._opaque(member)
+
+    def _opaque(self, node: fx.Node) -> Term:
+        return Term("opaque", (str(node.target), node.name), (), _val(node))
+
+    def _arg(self, arg: object) -> Arg:
+        if isinstance(arg, fx.Node):
+            return self._now[arg]
+        if isinstance(arg, (tuple, list)):
+            return tuple(self._arg(a) for a in arg)
+        if isinstance(arg, slice):
+            return slice(self._arg(arg.start), self._arg(arg.stop), self._arg(arg.step))
+        return arg  # type: ignore[return-value]
+
+    # -- canonical arguments -------------------------------------------------------------------------------------------
+
+    def _build(self, name: str, args: tuple[Arg, ...], kwargs: dict[str, Arg], node: fx.Node) -> Arg:
+        val = _val(node)
+        make = self.make
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        if "self" in kwargs:
+            args = (kwargs.pop("self"), *args)
+        x = args[0] if args else None
+        if name in IDENTITIES:
+            return x
+        if name in CASTS:
+            return self._cast(x, val.dtype, val) if isinstance(val, torch.Tensor) else self._opaque(node)
+        if name == "detach":
+            return x if isinstance(val, torch.Tensor) and not val.is_floating_point() else make("detach", (x,), (), val)
+        if name == "reshape":
+            return self._reshape(x, val)
+        if name in ("zeros", "ones") and isinstance(val, torch.Tensor):
+            return make(name, (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
+        if name in ("full", "new_full", "full_like") and isinstance(val, torch.Tensor):
+            fill = kwargs.get("fill_value", args[1] if len(args) > 1 else None)
+            if fill == 0 and not isinstance(fill, Term):
+                return make("zeros", (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
+        if name in FRESH or (name.endswith("dropout") and not _is_no_dropout(args, kwargs)):
+            return Term(name, args, tuple(sorted(kwargs.items())), val)
+        if name.endswith("dropout"):
+            return x
+        if name == "getitem":
+            return self._getitem(x, args[1], val)
+        if name in ("t", "T", "mT"):
+            if isinstance(x, Term) and isinstance(x.val, torch.Tensor):
+                return self._permute(x, (*range(x.val.ndim - 2), -1, -2), val) if x.val.ndim >= 2 else x
+        if name == "transpose":
+            x, a, b = self._bind(name, args, kwargs)
+            if isinstance(val, torch.Tensor):
+                order = list(range(val.ndim))
+                order[a], order[b] = order[b], order[a]
+                return self._permute(x, tuple(order), val)
+        if name == "permute":
+            dims = kwargs.get("dims", args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:])
+            return self._permute(x, dims, val)
+        if name == "where" and len(args) == 1 and not kwargs:
+            return make("nonzero_tuple", (x,), (), None)
+        if name == "nonzero":
+            x, as_tuple = self._bind(name, args, kwargs)
+            return make("nonzero_tuple" if as_tuple else "nonzero", (x,), (), None if as_tuple else val)
+        if name == "argsort":
+            x, dim, descending, _ = self._bind(name, args, kwargs)
+            return make("item_of", (make("sort", (x, _positive(dim, x), descending)), 1), (), val)
+        if name == "sort":
+            x, dim, descending, _ = self._bind(name, args, kwargs)
+            return make("sort", (x, _positive(dim, x), descending))
+        if name in ("size", "sym_size"):
+            bound = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if bound is not None:
+                return make("sym_size", (x, _positive(bound, x)), (), val)
+        if name in ("index", "index_select"):
+            if name == "index":
+                return self._index(x, args[1], val)
+            x, dim, index = self._bind(name, args, kwargs)
+            return self._index(x, (*(slice(None),) * _positive(dim, x), index), val)
+        if name in ("floor_divide", "div"):
+            mode = kwargs.pop("rounding_mode", None)
+            if name == "floor_divide" or mode == "floor":
+                return make("floor_divide", args[:2], (), val)
+            return make("div", args[:2], (("rounding_mode", mode),) if mode else (), val)
+        if name == "expand" or name == "expand_as":
+            return (
+                make("expand", (x, tuple(map(_size, val.shape))), (), val)
+                if isinstance(val, torch.Tensor)
+                else self._opaque(node)
+            )
+        if name == "clamp_max":
+            return make("clamp", (x, None, kwargs.get("max", args[1] if len(args) > 1 else None)), (), val)
+        if name == "clamp_min":
+            return make("clamp", (x, kwargs.get("min", args[1] if len(args) > 1 else None), None), (), val)
+        if name == "arange" and isinstance(val, torch.Tensor):
+            start = args[0] if len(args) > 1 else 0
+            step = args[2] if len(args) > 2 else kwargs.get("step", 1)
+            if start == 0 and step == 1 and not isinstance(start, Term):
+                return make("arange", (_size(val.shape[0]), val.dtype), (), val)
+        if name in SIGNATURES:
+            try:
+                bound = self._bind(name, args, kwargs)
+            except _Unbound:
+                return make(name, args, tuple(sorted(kwargs.items())), val)
+            return self._bound(name, bound, val)
+        return make(name, args, tuple(sorted(kwargs.items())), val)
+
+    def _bound(self, name: str, args: tuple[Arg, ...], val: object) -> Arg:
+        x = args[0]
+        if name == "unsqueeze":
+            return self._reshape(x, val, "unsqueeze", (_positive(args[1], val),))
+        if name == "squeeze":
+            return self._reshape(x, val)
+        if name == "select":
+            return self.make("select", (x, _positive(args[1], x), args[2]), (), val)
+        if (
+            name == "slice"
+            and args[2] in (None, 0)
+            and (args[3] is None or args[3] == 2**63 - 1)
+            and args[4] in (None, 1)
+        ):
+            return x
+        if name == "narrow":
+            start, length = args[2], args[3]
+            if isinstance(start, int) and isinstance(length, int):
+                return self.make("slice", (x, _positive(args[1], x), start, start + length, 1), (), val)
+        if name in (
+            "slice",
+            "chunk",
+            "split",
+            "unbind",
+            "cumsum",
+            "index_add",
+            "scatter",
+            "scatter_add",
+            "gather",
+            "topk",
+            "cat",
+        ):
+            position = {"chunk": 2, "split": 2, "topk": 2}.get(name, 1)
+            of = args[0][0] if name == "cat" and isinstance(args[0], tuple) and args[0] else x
+            args = (*args[:position], _positive(args[position], of), *args[position + 1 :])
+        if name == "scatter" and isinstance(args[3], Term) and args[3].op == "ones":
+            args = (*args[:3], 1)
+        if name in ("sum", "any", "mean", "amax") and isinstance(args[1], (int, tuple)):
+            dims = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (x, tuple(sorted(_positive(d, x) for d in dims)), *args[2:])
+        if name == "addmm" and args[3] == 1 and args[4] == 1:
+            return self.make("linear", (args[1], self._transposed(args[2]), args[0]), (), val)
+        return self.make(name, args, (), val)
+
+    def _bind(self, name: str, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> tuple[Arg, ...]:
+        names = SIGNATURES[name]
+        synonyms = {"other": "y", "mat2": "y", "mat1": "x", "mat_a": "x", "mat_b": "y", "value": "src", "batch2": "y", "weight": "y", "axis": "dim", "split_sizes": "split_size", "split_size_or_sections": "split_size", "tensor": "source", "offs": "offs", "divisor": "y"}  # fmt: skip
+        bound = dict(zip((n for n, _ in names), args))
+        for key, value in kwargs.items():
+            if key not in dict(names):
+                key = synonyms.get(key, key)
+            if key not in dict(names) or key in bound:
+                raise _Unbound(name)
+            bound[key] = value
+        if len(args) > len(names) or any(n not in bound and d is ... for n, d in names):
+            raise _Unbound(name)
+        return tuple(bound.get(n, d) for n, d in names)  # type: ignore[misc]
+
+    def _cast(self, x: Arg, dtype: torch.dtype, val: object) -> Arg:
+        if isinstance(x, Term) and isinstance(x.val, torch.Tensor):
+            if x.val.dtype == dtype and (not isinstance(val, torch.Tensor) or x.val.device == val.device):
+                return x
+            if isinstance(val, torch.Tensor) and x.val.device != val.device:
+                return self.make("to_device", (x, dtype, str(val.device)), (), val)
+        return self.make("cast", (x, dtype), (), val)
+
+    def _reshape(self, x: Arg, val: object, op: str = "reshape", extra: tuple[Arg, ...] = ()) -> Arg:
+        if not isinstance(val, torch.Tensor):
+            return self.make(op, (x, *extra), (), val)
+        if isinstance(x, Term) and x.op in ("reshape", "unsqueeze"):
+            x = x.args[0]
+        if isinstance(x, Term) and isinstance(x.val, torch.Tensor) and _same_shape(x.val.shape, val.shape):
+            return x
+        return self.make("reshape", (x, tuple(map(_size, val.shape))), (), val)
+
+    def _permute(self, x: Arg, dims: tuple[int, ...], val: object) -> Arg:
+        n = len(dims)
+        dims = tuple(d % n for d in dims)
+        if isinstance(x, Term) and x.op == "permute":
+            x, dims = x.args[0], tuple(x.args[1][d] for d in dims)
+        return x if dims == tuple(range(n)) else self.make("permute", (x, dims), (), val)
+
+    def _transposed(self, x: Arg) -> Arg:
+        val = x.val.transpose(-1, -2) if isinstance(x, Term) and isinstance(x.val, torch.Tensor) else None
+        n = val.ndim if val is not None else 2
+        return self._permute(x, (*range(n - 2), n - 1, n - 2), val)
+
+    # -- indexing ------------------------------------------------------------------------------------------------------
+
+    def _getitem(self, x: Arg, index: Arg, val: object) -> Arg:
+        if not (isinstance(x, Term) and isinstance(x.val, torch.Tensor)):
+            if isinstance(x, Term) and x.op == "unbind" and isinstance(index, int):
+                return self.make("select", (*x.args, index), (), val)
+            return self.make("item_of", (x, index), (), val)
+        index = index if isinstance(index, tuple) else (index,)
+        spent = sum(1 for i in index if i is not None and i is not ...)
+        if any(_is_bool_mask(i) for i in index):
+            spent += sum(i.val.ndim - 1 for i in index if _is_bool_mask(i))
+        fill = (slice(None),) * (x.val.ndim - spent)
+        at = next((k for k, i in enumerate(index) if i is ...), None)
+        index = (*index[:at], *fill, *index[at + 1 :]) if at is not None else (*index, *fill)
+        basic = all(i is None or isinstance(i, (int, slice)) or _is_scalar_number(i) for i in index)
+        return self._basic_index(x, index, val) if basic else self._index(x, index, val)
+
+    def _basic_index(self, x: Term, index: tuple[Arg, ...], val: object) -> Arg:
+        dim, inner, needs_reshape = 0, x, False
+        for i in index:
+            if i is None:
+                needs_reshape = True
+            elif isinstance(i, slice):
+                if not (i.start in (None, 0) and i.stop is None and i.step in (None, 1)):
+                    inner = self.make("slice", (inner, dim, i.start, i.stop, i.step or 1))
+                dim += 1
+            else:
+                inner = self.make("select", (inner, dim, i))
+        if inner is x and not needs_reshape:
+            return x
+        if not needs_reshape:
+            if inner.val is None:
+                inner.val = val
+            return inner
+        return (
+            self.make("reshape", (inner, tuple(map(_size, val.shape))), (), val)
+            if isinstance(val, torch.Tensor)
+            else inner
+        )
+
+    def _index(self, x: Arg, index: Arg, val: object) -> Arg:
+        """Advanced indexing: `index(x, entries)`, entries are None for a whole dim, a tensor term, or an int.
+
+        New axes (`x[i, None]`) become a reshape around the index; slices with bounds stay inside it.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        kept = tuple(
+            ("whole" if isinstance(i, slice) and i == slice(None) else i)
+            for i in index
+            if i is not None or not isinstance(x, Term)
+        )
+        while kept and kept[-1] == "whole":
+            kept = kept[:-1]
+        inner_val = _without_new_axes(val, index) if any(i is None for i in index) else val
+        inner = self.make("index", (x, kept), (), inner_val)
+        if any(i is None for i in index):
+            # where the new axes go follows torch's rules; the value that torch computed tells
+            return (
+                self.make("reshape", (inner, tuple(map(_size, val.shape))), (), val)
+                if _new_axes_only_reshape(index)
+                else self.make("index_new_axes", (x, index), (), val)
+            )
+        return inner
+
+    def _setitem(self, x: Arg, index: Arg, source: Arg, val: object) -> Arg:
+        index = index if isinstance(index, tuple) else (index,)
+        advanced = any(isinstance(i, Term) and isinstance(i.val, torch.Tensor) for i in index)
+        if advanced and not any(i is None or i is ... for i in index):
+            kept = tuple("whole" if isinstance(i, slice) and i == slice(None) else i for i in index)
+            while kept and kept[-1] == "whole":
+                kept = kept[:-1]
+            return self.make("index_put", (x, kept, source, False), (), val)
+        return self.make("setitem", (x, index, source), (), val)
+
+
+class _Unbound(Exception):
+    """The arguments do not fit the signature we know; the term keeps them as they are."""
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def canonical_name(node: fx.Node) -> tuple[str, bool, bool]:
+    """(name, writes its first argument, is torch's own). The name is that of the functional form."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+    elif isinstance(target, torch._ops.OpOverload):
+        space, name = target._schema.name.split("::")
+        if target._schema.is_mutable and not name.endswith("_"):
+            return str(target), False, False
+        if space not in ("aten", "prims"):  # somebody's own `lib::gelu` is not torch's gelu
+            name = target._schema.name if target._schema.name not in FOREIGN else FOREIGN[target._schema.name]
+        if name == "_to_copy":
+            name = "to"
+        if name == "where" and len(node.args) > 1:
+            return "where", False, True
+    elif getattr(target, "__module__", None) in ("_operator", "operator"):
+        name = target.__name__
+    elif target is getattr:
+        return str(node.args[1]), False, str(node.args[1]) in ("T", "mT", "data")
+    elif _is_torch(target):
+        name = getattr(target, "__name__", str(target))
+    elif type(target).__name__ == "OpOverloadPacket":
+        name = target.__name__
+    else:
+        return str(target), False, False
+    if name in INPLACE_OPERATORS:
+        return INPLACE_OPERATORS[name], True, True
+    if name.startswith("__i") and name.endswith("__") and name[2:-2] in INPLACE_OPERATORS:
+        return INPLACE_OPERATORS[name[2:-2]], True, True
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2] if name not in ALIASES else name
+    writes = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")
+    if writes:
+        name = name[:-1]
+    return ALIASES.get(name, name), writes, True
+
+
+def _is_torch(target: object) -> bool:
+    module = getattr(target, "__module__", None) or ""
+    if module.startswith("torch") or type(target).__name__ in ("builtin_function_or_method", "method_descriptor"):
+        return not module.startswith("torch.utils.checkpoint") and "higher_order" not in module
+    return False
+
+
+def _is_pure_helper(target: object) -> bool:
+    if "mutation" in str(target):
+        return False
+    return type(target).__module__.startswith("torch._higher_order_ops") or getattr(
+        target, "__module__", ""
+    ).startswith("moec.")
+
+
+def _val(node: object) -> object:
+    if not isinstance(node, fx.Node):
+        return None
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _size(s: object) -> object:
+    return s if isinstance(s, int) else str(s)
+
+
+def _same_shape(a: torch.Size, b: torch.Size) -> bool:
+    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
+
+
+def _same_view(a: fx.Node, b: fx.Node) -> bool:
+    u, v = _val(a), _val(b)
+    return isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and _same_shape(u.shape, v.shape)
+
+
+def _positive(dim: Arg, of: object) -> Arg:
+    val = of.val if isinstance(of, Term) else of
+    return dim % max(val.ndim, 1) if isinstance(dim, int) and isinstance(val, torch.Tensor) else dim
+
+
+def _is_scalar_number(i: Arg) -> bool:
+    return isinstance(i, Term) and not isinstance(i.val, torch.Tensor) and i.val is not None
+
+
+def _is_bool_mask(i: Arg) -> bool:
+    return isinstance(i, Term) and isinstance(i.val, torch.Tensor) and i.val.dtype in (torch.bool, torch.uint8)
+
+
+def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
+    """Whether `x[index]` is `x[index without None]` with unit axes put in: true when the advanced entries are adjacent."""
+    kinds = ["a" if isinstance(i, Term) or isinstance(i, (int, tuple)) else "n" if i is None else "s" for i in index]
+    text = "".join(kinds)
+    first, last = text.find("a"), text.rfind("a")
+    return first >= 0 and "s" not in text[first:last] and "n" not in text[first:last]
+
+
+def _without_new_axes(val: object, index: tuple[Arg, ...]) -> object:
+    """The fake result of `x[index]` with the unit axes of its `None` entries taken off."""
+    if not isinstance(val, torch.Tensor) or not _new_axes_only_reshape(index):
+        return None
+    ranks = [i.val.ndim for i in index if isinstance(i, Term) and isinstance(i.val, torch.Tensor) and not _is_bool_mask(i)]
+    block, dim, placed = max(ranks, default=1), 0, False
+    drop = []
+    for i in index:
+        if i is None:
+            drop.append(dim)
+            dim += 1
+        elif isinstance(i, slice):
+            dim += 1
+        elif not placed:
+            dim, placed = dim + block, True
+    for d in reversed(drop):
+        val = val.squeeze(d)
+    return val
+
+
+def _copies(name: str, args: tuple[Arg, ...], target: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation that can return a view returns memory of its own here."""
+    before, after = _val(target), _val(node)
+    if name == "getitem" and isinstance(before, torch.Tensor):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(i, tuple) or (isinstance(i, Term) and isinstance(i.val, torch.Tensor)) for i in index)
+    if name == "getitem":  # one of several results: a view only if the results are views
+        return canonical_name(target)[0] not in VIEWS if target.op in ("call_function", "call_method") else False
+    if name in CASTS and isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+        return before.dtype != after.dtype or before.device != after.device
+    return False
+
+
+def _is_no_dropout(args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> bool:
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return training is False or p == 0 or (isinstance(p, float) and math.isclose(p, 0.0))
+
+
+assert operator.iadd.__name__ in INPLACE_OPERATORS

@@ -1,0 +1,156 @@
+"""verify: translation validation. The original region against the rewritten one, on adversarial routings, values and gradients.
+
+Both are run as they stand in the graph, on random inputs of the shapes and dtypes in the graph. Where the original also runs in
+float64, the rewritten region may err at most twice as much as the original does (plus four units in the last place); elsewhere
+the two are compared with each other. Uninitialised memory is filled with NaN meanwhile.
+
+Not done yet: exact algebra on small integers, T = 0 and 1 for graphs of static shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+LARGEST = 1 << 26  # elements of all inputs together, above which "sample" leaves a region out
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where the two disagree: the routing, the value, both errors."""
+
+    routing: str
+    what: str
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"{self.what} differs by {self.error:.3g} (allowed {self.allowed:.3g}) for the routing {self.routing}"
+
+
+def routings(tokens: int, top_k: int, num_experts: int, distinct: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Adversarial ids [tokens, top_k]: spread, all on the first, all on the last experts, two random ones, repeats where possible."""
+    k = torch.arange(top_k)
+    yield "round robin", (torch.arange(tokens)[:, None] * top_k + k) % num_experts
+    yield "first experts take all", k.expand(tokens, top_k).clone() % num_experts
+    yield "last experts take all", (num_experts - 1 - k).expand(tokens, top_k).clone() % num_experts
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        yield f"random {seed}", torch.rand(tokens, num_experts, generator=generator).argsort(-1)[:, :top_k]
+    if not distinct and top_k > 1:
+        yield "one expert twice for each token", (torch.arange(tokens)[:, None] % num_experts).expand(tokens, top_k).clone()
+
+
+def verify(before: fx.GraphModule, after: fx.GraphModule, ids: str, num_experts: int, distinct: bool) -> Mismatch | str:
+    """A mismatch, or in words what was checked. Both modules take the same inputs by name and return one tensor."""
+    holders = [n for n in before.graph.nodes if n.op == "placeholder"]
+    vals = {n.name: n.meta.get("example_value", n.meta.get("val")) for n in holders}
+    shapes = {name: tuple(map(_hint, v.shape)) for name, v in vals.items() if isinstance(v, torch.Tensor)}
+    if len(shapes) < len(vals):
+        return "not verified: an input is not a tensor"
+    if sum(torch.Size(s).numel() for s in shapes.values()) > LARGEST:
+        return "not verified: too large"
+    id_shape = shapes[ids]
+    top_k = id_shape[-1] if len(id_shape) > 1 else 1
+    checked = 0
+    for name, routing in routings(torch.Size(id_shape).numel() // top_k, top_k, num_experts, distinct):
+        inputs = _inputs(vals, shapes, ids, routing.reshape(id_shape))
+        mismatch = _compare(before, after, inputs, name)
+        if mismatch is not None:
+            return mismatch
+        checked += 1
+    return f"values and gradients agree on {checked} routings"
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 7)
+
+
+def _inputs(vals: dict[str, object], shapes: dict[str, tuple[int, ...]], ids: str, routing: torch.Tensor) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made: dict[str, torch.Tensor] = {}
+    for name, val in vals.items():
+        assert isinstance(val, torch.Tensor)
+        if name == ids:
+            made[name] = routing.to(val.dtype)
+        elif val.is_floating_point():
+            fan = shapes[name][-1] if len(shapes[name]) > 1 else 1
+            made[name] = (torch.randn(shapes[name], generator=generator) / fan**0.5).to(val.dtype)
+        else:
+            made[name] = torch.zeros(shapes[name], dtype=val.dtype)
+    return made
+
+
+CASTS = ("float", "half", "bfloat16")
+
+
+def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same computation with every cast to a floating dtype turned into a cast to float64."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def wide(arg: object) -> object:
+        return torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg
+
+    for node in gm.graph.nodes:
+        made = copies[node] = graph.node_copy(node, lambda n: copies[n])
+        made.args, made.kwargs = torch.utils._pytree.tree_map(wide, (made.args, made.kwargs))
+        if made.op == "call_method" and made.target in CASTS:
+            made.target = "double"
+    return fx.GraphModule(gm, graph)
+
+
+def _run(gm: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    leaves = {n: t.clone().requires_grad_(t.is_floating_point()) for n, t in inputs.items()}
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    with torch.enable_grad():
+        out = gm.forward(*(leaves[n] for n in names))  # not gm(...), which prints a trace when it fails
+        results = {"the value": out.detach()}
+        if out.requires_grad:
+            generator = torch.Generator().manual_seed(2)
+            out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
+    for name, leaf in leaves.items():
+        if leaf.is_floating_point():
+            results[f"the gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return results
+
+
+def _compare(before: fx.GraphModule, after: fx.GraphModule, inputs: dict[str, torch.Tensor], routing: str) -> Mismatch | None:
+    with _poisoned():
+        old, new = _run(before, inputs), _run(after, inputs)
+        try:
+            exact = _run(in_float64(before), {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()})
+        except (RuntimeError, TypeError):  # an operation of one dtype only
+            exact = None
+    for what, got in new.items():
+        was = old[what].double()
+        eps = torch.finfo(got.dtype).eps
+        if exact is not None:
+            ref = exact[what].double()
+            allowed = 2 * (was - ref).norm().item() + 4 * eps * ref.norm().item()
+            error = (got.double() - ref).norm().item()
+        else:
+            allowed = 16 * eps * was.norm().item()
+            error = (got.double() - was).norm().item()
+        if not error <= allowed:  # NaN is a mismatch
+            return Mismatch(routing, what, error, allowed)
+    return None
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN; the caller's settings come back."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,0 +1,491 @@
+"""Capture: every way of writing the dispatch arrives as one graph, and nothing else in the process notices.
+
+Each form below is compared with itself, eager: values and gradients, over routings with empty experts. What a graph assumes
+must be what its markers say.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moec import capture
+from moec.capture import markers
+
+T, D, FF, E, K = 17, 16, 8, 8, 2
+
+capture.install()
+
+
+class Recorder:
+    """A backend that keeps the graphs and runs them eagerly."""
+
+    _moec_backend = True
+
+    def __init__(self, deny=False):
+        self.graphs, self.places, self.deny = [], [], deny
+
+    def __call__(self, gm, example_inputs):
+        self.graphs.append(gm)
+        self.places.append(markers.marker_places(gm))
+        if self.deny and self.places[-1]:
+            capture.retrace_without(self.places[-1], "the test says so")
+        return gm.forward
+
+
+class Expert(nn.Module):
+    def __init__(self, width=FF, act=F.silu):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(D, width, bias=False), nn.Linear(D, width, bias=False)
+        self.down_proj = nn.Linear(width, D, bias=False)
+        self.act = act
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Router and experts; `skip` experts are never chosen."""
+
+    def __init__(self, num_experts=E, skip=()):
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate = nn.Linear(D, num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(num_experts))
+        bias = torch.zeros(num_experts)
+        bias[list(skip)] = -100.0
+        self.register_buffer("router_bias", bias)
+
+    def route(self, x):
+        weights, ids = torch.topk((self.gate(x) + self.router_bias).softmax(-1), K, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+
+class Where(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            token, slot = torch.where(ids == e)
+            out[token] += self.experts[e](x[token]) * weights[token, slot, None]
+        return out
+
+
+class WhereSkippingBySize(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if token.shape[0] == 0:
+                continue
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot].unsqueeze(-1))
+        return out
+
+
+class WhereSkippingByNumel(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            if not token.numel() > 0:
+                continue
+            out = out.index_add(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
+
+
+class WhereSkippingByLen(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            token, slot = torch.where(ids == e)
+            if len(token) and e >= 0:
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
+
+
+class BooleanMask(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            mask = (ids == e).any(dim=-1)
+            if mask.any():
+                weight = (weights * (ids == e)).sum(-1, keepdim=True)
+                out[mask] += self.experts[e](x[mask]) * weight[mask]
+        return out
+
+
+class BooleanMaskItem(BooleanMask):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            mask = (ids == e).any(dim=-1)
+            if not mask.any().item():
+                continue
+            out[mask] += self.experts[e](x[mask]) * (weights * (ids == e)).sum(-1, keepdim=True)[mask]
+        return out
+
+
+class OneHotCounts(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        mask = F.one_hot(ids, self.num_experts).permute(2, 1, 0)
+        counts = mask.sum(dim=(1, 2))
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            if counts[e] == 0:
+                continue
+            slot, token = torch.where(mask[e])
+            out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
+
+
+class CountTruth(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64)
+        counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            if counts[e]:
+                token, slot = torch.where(ids == e)
+                out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
+
+
+class LitGPT(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        masks = ids.unsqueeze(-1) == torch.arange(self.num_experts, device=x.device)
+        masks = masks.permute(2, 0, 1)
+        y = torch.zeros_like(x)
+        for mask, expert in zip(masks, self.experts):
+            token, slot = torch.where(mask)
+            y[token] += weights[token, slot, None] * expert(x[token])
+        return y
+
+
+class HuggingFaceV4(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        expert_mask = F.one_hot(ids, num_classes=self.num_experts).permute(2, 1, 0)
+        expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero()
+        for expert_idx in expert_hit:
+            expert_layer = self.experts[expert_idx]
+            idx, top_x = torch.where(expert_mask[expert_idx].squeeze(0))
+            current = x[None, top_x].reshape(-1, x.shape[-1])
+            out.index_add_(0, top_x, (expert_layer(current) * weights[top_x, idx, None]).to(x.dtype))
+        return out
+
+
+class HuggingFaceV5(Layer):
+    """Stacked weights, and the sentinel E for tokens that other ranks own."""
+
+    def __init__(self, num_experts=E, skip=()):
+        super().__init__(num_experts, skip)
+        del self.experts
+        self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * FF, D) / 4)
+        self.down_proj = nn.Parameter(torch.randn(num_experts, D, FF) / 4)
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        with torch.no_grad():
+            expert_mask = F.one_hot(ids, num_classes=self.num_experts + 1).permute(2, 1, 0)
+            expert_hit = torch.greater(expert_mask.sum(dim=(-1, -2)), 0).nonzero()
+        for expert_idx in expert_hit:
+            expert_idx = expert_idx[0]
+            if expert_idx == self.num_experts:
+                continue
+            _, token_idx = torch.where(expert_mask[expert_idx])
+            pos, token_idx = torch.where(expert_mask[expert_idx])
+            gate, up = F.linear(x[token_idx], self.gate_up_proj[expert_idx]).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, self.down_proj[expert_idx]) * weights[token_idx, pos, None]
+            out.index_add_(0, token_idx, y.to(out.dtype))
+        return out
+
+
+class HitFlat(Layer):
+    def ids_of(self, hit):
+        return hit.nonzero().flatten()
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        hit = torch.bincount(ids.flatten(), minlength=self.num_experts) > 0
+        for e in self.ids_of(hit):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
+
+
+class HitSqueezeItem(HitFlat):
+    def ids_of(self, hit):
+        return [e.item() for e in torch.nonzero(hit).squeeze(-1)]
+
+
+class HitList(HitFlat):
+    def ids_of(self, hit):
+        return torch.where(hit)[0].tolist()
+
+
+class HitInt(HitFlat):
+    def ids_of(self, hit):
+        return [int(e) for e in torch.nonzero(hit, as_tuple=True)[0]]
+
+
+class HitUnique(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in torch.unique(ids):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out
+
+
+class DeepSeek(Layer):
+    def counts(self, ids):
+        counts = ids.new_zeros((ids.shape[0], self.num_experts))
+        counts.scatter_(1, ids, 1)
+        return counts.sum(dim=0)
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        tokens_per_expert = self.counts(ids)
+        order = ids.view(-1).argsort()
+        sorted_tokens = x[order // ids.shape[1]]
+        outputs, start_idx = [], 0
+        for i, num_tokens in enumerate(tokens_per_expert.tolist()):
+            end_idx = start_idx + num_tokens
+            if num_tokens == 0:
+                continue
+            outputs.append(self.experts[i](sorted_tokens[start_idx:end_idx]))
+            start_idx = end_idx
+        outs = torch.cat(outputs, dim=0) if len(outputs) else sorted_tokens.new_empty(0)
+        new_x = torch.empty_like(outs)
+        new_x[order] = outs
+        return (new_x.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class DeepSeekBincount(DeepSeek):
+    def counts(self, ids):
+        return torch.bincount(ids.view(-1), minlength=self.num_experts)
+
+
+class DeepSeekBincountMethod(DeepSeek):
+    def counts(self, ids):
+        return ids.to(torch.int32).view(-1).bincount(minlength=self.num_experts)
+
+
+class Split(Layer):
+    def forward(self, x):
+        weights, ids = self.route(x)
+        order = ids.view(-1).argsort()
+        counts = torch.bincount(ids.view(-1), minlength=self.num_experts)
+        parts = torch.split(x[order // K], counts.tolist())
+        outs = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        new_x = torch.empty_like(outs)
+        new_x[order] = outs
+        return (new_x.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+FORMS = [
+    Where, WhereSkippingBySize, WhereSkippingByNumel, WhereSkippingByLen, BooleanMask, BooleanMaskItem, OneHotCounts, CountTruth,
+    LitGPT, HuggingFaceV4, HuggingFaceV5, HitFlat, HitSqueezeItem, HitList, HitInt, HitUnique,
+    DeepSeek, DeepSeekBincount, DeepSeekBincountMethod, Split,
+]  # fmt: skip
+ASSUMING_NOTHING = {Where, LitGPT, Split}
+ROUTINGS = {"all hit": (), "some empty": (0, 3, 7), "two take all": tuple(range(2, E))}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    capture.forget_denied()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, backend=None):
+    backend = backend or Recorder()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(model, backend=backend), backend
+
+
+def breaks():
+    counters = torch._dynamo.utils.counters  # the name of the counter changed between torch versions
+    return sum(counters["graph_break"].values()) + sum(counters["unimplemented"].values())
+
+
+def run(fn, model, x):
+    """Value, gradient of x, gradients of all parameters; an expert without tokens counts as zero."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = fn(x)
+    (y * torch.arange(1.0, y.numel() + 1).view_as(y).cos()).sum().backward()
+    return [y.detach(), x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
+
+
+def assert_same(fn, model, x):
+    for got, want in zip(run(fn, model, x), run(model, model, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_one_graph_that_computes_what_eager_does(form, routing):
+    model = form(skip=ROUTINGS[routing]).double()
+    fn, backend = compiled(model)
+    assert_same(fn, model, torch.randn(T, D, dtype=torch.float64))
+    assert (len(backend.graphs), breaks()) == (1, 0)
+    assert bool(backend.places[0]) == (form not in ASSUMING_NOTHING)
+    # The same graph must do for another routing of the same shape.
+    assert_same(fn, model, torch.randn(T, D, dtype=torch.float64))
+    assert len(backend.graphs) == 1
+
+
+@pytest.mark.parametrize("form", [WhereSkippingBySize, HuggingFaceV4, HuggingFaceV5, LitGPT, DeepSeek, Split])
+def test_token_counts_do_not_recompile(form):
+    model = form().double()
+    fn, backend = compiled(model)
+    for tokens in (1, 2, 17, 64, 333):
+        assert_same(fn, model, torch.randn(tokens, D, dtype=torch.float64))
+    assert len(backend.graphs) <= 3
+    before = len(backend.graphs)
+    assert_same(fn, model, torch.randn(91, D, dtype=torch.float64))
+    assert len(backend.graphs) == before
+
+
+# -- Nothing else in the process notices -------------------------------------------------------------------------------------
+
+
+def helper(hit, x):
+    """Branches and loops on what is really there."""
+    rows = hit.nonzero()
+    seen = [int(e) for e in rows.flatten()]
+    if (hit > 100).any():
+        seen.append(100)
+    if rows.shape[0] == 0:
+        seen.append(-1)
+    return x * len(seen) + sum(seen)
+
+
+class CallsHelper(HuggingFaceV4):
+    def __init__(self, helper, **kwargs):
+        super().__init__(**kwargs)
+        self.helper = helper
+
+    def forward(self, x):
+        hit = torch.bincount(self.route(x)[1].flatten(), minlength=E)
+        return self.helper(hit, super().forward(x))
+
+
+@pytest.mark.parametrize("how", ["disable", "eager", "aot_eager"])
+def test_helpers_of_others_called_from_inside_see_the_truth(how):
+    inner = torch.compiler.disable(helper) if how == "disable" else torch.compiler.disable(torch.compile(helper, backend=how))
+    for skip in ((), (0, 3)):
+        model = CallsHelper(inner, skip=skip).double()
+        reference = CallsHelper(helper, skip=skip).double()
+        reference.load_state_dict(model.state_dict())
+        fn, backend = compiled(model)
+        x = torch.randn(T, D, dtype=torch.float64)
+        torch.testing.assert_close(fn(x), reference(x))
+        assert backend.graphs
+
+
+def test_another_backend_is_untouched():
+    def counting(gm, example_inputs):
+        counting.graphs += 1
+        assert not markers.marker_places(gm)
+        return gm.forward
+
+    counts = []
+    for seams_used in (False, True):
+        torch._dynamo.reset()
+        if seams_used:
+            model = HuggingFaceV4().double()
+            assert_same(compiled(model)[0], model, torch.randn(T, D, dtype=torch.float64))
+        counting.graphs = 0
+        model = WhereSkippingBySize(skip=(0, 3)).double()
+        assert_same(compiled(model, counting)[0], model, torch.randn(T, D, dtype=torch.float64))
+        counts.append(counting.graphs)
+    assert counts[0] == counts[1] > 1
+    assert not torch._dynamo.config.capture_scalar_outputs
+    assert not torch._dynamo.config.capture_dynamic_output_shape_ops
+
+
+def test_whose_backend():
+    import functools
+
+    from torch._dynamo.repro.after_dynamo import wrap_backend_debug
+
+    ours, other = Recorder(), lambda gm, ex: gm.forward
+    for wrapped in (ours, functools.partial(ours), wrap_backend_debug(ours, "moec"), wrap_backend_debug(functools.partial(ours), "moec")):
+        assert capture.is_ours(wrapped)
+    for wrapped in (other, functools.partial(other), wrap_backend_debug(other, "other"), None, "moec"):
+        assert not capture.is_ours(wrapped)
+
+
+def test_other_data_dependent_branches_break_as_before():
+    def f(x):
+        y = x * 2
+        if y.sum() > 0:  # floating point: no count
+            return y + 1
+        return y - 1
+
+    fn, backend = compiled(f)
+    for x in (torch.ones(3), -torch.ones(3)):
+        torch.testing.assert_close(fn(x), f(x))
+    assert len(backend.graphs) == 3
+
+
+# -- Assumptions can be taken back -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [WhereSkippingBySize, BooleanMask, HuggingFaceV4, HitList, HitUnique, DeepSeek, HuggingFaceV5])
+def test_retrace_without(form):
+    model = form(skip=(0, 3)).double()
+    fn, backend = compiled(model, Recorder(deny=True))
+    x = torch.randn(T, D, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="test_capture.py:.*the test says so"):
+        assert_same(fn, model, x)
+    assert backend.places[0] and not backend.places[-1]
+    assert_same(fn, model, torch.randn(T, D, dtype=torch.float64))
+    # A denied place stays denied for this module: no second warning when it is compiled for another shape.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(fn, model, torch.randn(T + 1, D, dtype=torch.float64))
+
+
+def test_bincount_of_unknown_ids_is_an_assumption():
+    def f(ids):
+        return torch.bincount(ids, minlength=4) * 2
+
+    fn, backend = compiled(f)
+    torch.testing.assert_close(fn(torch.tensor([0, 1, 1])), torch.tensor([2, 4, 0, 0]))
+    assert backend.places[0]
+    torch._dynamo.reset()
+    fn, backend = compiled(f, Recorder(deny=True))
+    with pytest.warns(UserWarning):
+        torch.testing.assert_close(fn(torch.tensor([0, 1, 5])), torch.tensor([2, 2, 0, 0, 0, 2]))
+    assert not backend.places[-1]
+
+
+def test_markers_survive_dead_code_elimination_and_cost_nothing():
+    fn, backend = compiled(WhereSkippingBySize())
+    fn(torch.randn(T, D))
+    graph = backend.graphs[0].graph
+    graph.eliminate_dead_code()
+    assert sum(map(markers.is_marker, graph.nodes)) == E
+    assert markers.assume(True, False, "x:1") is None and markers.assume_every(torch.ones(3), "x:1") is None
