@@ -205,7 +205,7 @@ class Body:
                 self.claim_top_k(count, term)
                 return self._token_rows(args[0], term)
             if isinstance(index, Term) and (source := self._order_undone_by(index)) is not None:
-                self._sorted_by(source, index)
+                self.sorted_by(source, index)
                 self.fact("back in slot order, by the inverse permutation", term)
                 self.inner.append(term)
                 return self.rows(args[0], Sorted(source), 1)
@@ -214,9 +214,9 @@ class Body:
         if op == "index_put" and lead == 1 and len(args[1]) == 1 and args[3] is False:
             index = args[1][0]
             if isinstance(index, Term) and facts.sorted_order(index) is not None:
-                if not _same_rows(term, index):
+                if not (_same_rows(term, index) or _same_rows(term, args[2])):
                     raise Refused("rows are scattered into a longer tensor", term)
-                self._sorted_by(index, term)
+                self.sorted_by(index, term)
                 self.fact("back in slot order, by scattering to the sorted places", term)
                 self.inner.append(term)
                 return self.rows(args[2], Sorted(index), 1)
@@ -347,7 +347,7 @@ class Body:
 
     # -- facts about order ---------------------------------------------------------------------------------------------
 
-    def _sorted_by(self, order: Term, term: Arg) -> None:
+    def sorted_by(self, order: Term, term: Arg) -> None:
         root = facts.sorted_order(order)
         if root is None:
             raise Refused("a permutation that is not known to sort the expert ids", term)
@@ -486,7 +486,7 @@ class Body:
         histogram = facts.histogram_of(counted.args[0]) if isinstance(counted, Term) and counted.op == "cumsum" else None
         if histogram is None:
             raise Refused("the offsets are not known to be the running sum of a histogram of the expert ids", offsets)
-        self._sorted_by(order.order, term)
+        self.sorted_by(order.order, term)
         self.claim_ids(histogram.root, offsets)
         self.claim_experts(histogram.num_experts, offsets)
         self.fact("offsets are the running sum of the histogram of the ids", offsets)
@@ -654,9 +654,9 @@ class Body:
         features = len(full) - lead
         if self._is_rows(arg, out, lead):
             ours = own[: len(own) - features]
-            # in a loop each boolean index brings a symbol of its own for the same number of rows; the walk itself proves them equal
-            in_loop = isinstance(order, (LoopRows, LoopSlice))
-            if len(own) == len(full) and (in_loop or all(map(same_size, ours, full[:lead]))):
+            # outside slot order the number of rows may have several symbols (each boolean index brings its own); there the walk
+            # reaches leaves of this very order only, and so proves the numbers equal
+            if len(own) == len(full) and (not isinstance(order, TokenMajor) or all(map(same_size, ours, full[:lead]))):
                 return self.rows(arg, order, lead)
             if isinstance(order, TokenMajor) and lead >= 2 and len(own) == len(full):
                 if all(map(same_size, ours[:-1], full[: lead - 1])) and ours[-1] == 1 and not has_hole(arg):
@@ -774,14 +774,16 @@ class Body:
         if before is None or after is None:
             raise Refused("a reshape of unknown shapes", term)
         self._same_reshape(term)
-        target = numel(after[:lead])
+        features = after[lead:]
+        if not all(isinstance(s, int) and s > 0 for s in features):
+            raise Refused("a reshape to features of symbolic or zero size", term)
         for n in range(1, len(before) + 1):
             rest = before[n:]
-            if str(numel(before[:n])) == str(target) or same_size_product(before[:n], after[:lead]):
-                if all(isinstance(s, int) for s in (*rest, *after[lead:])):
-                    inner = self.rows(term.args[0], order, n)
-                    self.inner.append(term)
-                    return inner if rest == after[lead:] else with_features(inner, after[lead:])  # type: ignore[arg-type]
+            # a reshape keeps the number of elements, so equal features mean equal rows
+            if all(isinstance(s, int) for s in rest) and numel(rest) == numel(features):
+                inner = self.rows(term.args[0], order, n)
+                self.inner.append(term)
+                return inner if rest == features else with_features(inner, features)  # type: ignore[arg-type]
         raise Refused("a reshape that mixes rows and features", term)
 
     def _same_reshape(self, term: Term) -> None:
@@ -839,15 +841,6 @@ def has_hole(arg: Arg, _depth: int = 0) -> bool:
     return arg.instances is not None and any(has_hole(c) for c in children(arg))
 
 
-def same_size_product(a: tuple[int | torch.SymInt, ...], b: tuple[int | torch.SymInt, ...]) -> bool:
-    """Whether two groups of dims are known to have the same number of elements."""
-    left, right = numel(a), numel(b)
-    if isinstance(left, int) and isinstance(right, int):
-        return left == right
-    difference = left - right  # type: ignore[operator]
-    return bool(difference.expand() == 0) if hasattr(difference, "expand") else difference == 0
-
-
 def _holds_rows(source: Arg, order: LoopRows) -> bool:
     """Whether a term already stands in the rows of one expert."""
     seen: set[int] = set()
@@ -887,7 +880,7 @@ def _minus(end: Arg, start: Arg) -> Arg:
     return None
 
 
-def _same_rows(a: Term, b: Term) -> bool:
+def _same_rows(a: Term, b: Arg) -> bool:
     u, v = shape(a), shape(b)
     return u is not None and v is not None and same_size(u[0], v[0])
 

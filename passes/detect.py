@@ -191,7 +191,11 @@ def _dead(graph: fx.Graph, buffers: Buffers, proven: list[_Proven], markers: fro
     # a check of something that dies dies with it; every other check is kept, with what it needs
     dying = frozenset(n for n in gone if is_assert(n) and ancestors(n) & {g for g in gone if _is_tensor(g)})
     after = live_nodes(graph, buffers, inputs, cut, lambda n: n in markers or n in dying)
-    return frozenset(before - after)
+    dead: set[fx.Node] = set()
+    for node in graph.nodes:  # code that was dead before goes too where it reads what dies
+        if node not in after and (node in before or any(arg in dead for arg in node.all_input_nodes)):
+            dead.add(node)
+    return frozenset(dead)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -143,6 +143,8 @@ class Values:
     def _call(self, node: fx.Node) -> None:
         name, writes, known = canonical_name(node)
         args = tuple(self._arg(a) for a in node.args)
+        if name in ("getitem", "setitem") and isinstance(node.args[1], list):
+            args = (args[0], (args[1],), *args[2:])  # x[[0, 2]] indexes with a list, x[0, 2] with two numbers
         kwargs = {k: self._arg(v) for k, v in node.kwargs.items()}
         if not known:
             self._define(node, self._opaque(node), None)

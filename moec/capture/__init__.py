@@ -6,6 +6,7 @@ Everything that leans on Dynamo's internals lives in this package, one file per 
     branches    `if idx.numel() == 0: continue`
     hits        `for e in hit.nonzero()`
     histogram   `torch.bincount(ids, minlength=E)`
+    loops       equal iterations stamped instead of traced (with stamp, twins, fakes, indices, watch)
     markers     what the graph remembers of all this
 
 A backend says that it is moec's by the attribute `_moec_backend = True`; nothing changes for other backends and eager code.
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 import contextlib
 
-from . import branches, frames, hits, histogram, markers
+from . import branches, frames, hits, histogram, loops, markers
 from .frames import forget_denied, is_ours, retrace_without
+from .loops import stamping
 
-__all__ = ["backend_ctx_ctor", "forget_denied", "install", "is_ours", "markers", "retrace_without"]
+__all__ = ["backend_ctx_ctor", "forget_denied", "install", "is_ours", "markers", "retrace_without", "stamping"]
 
 
 def install() -> None:
     """Put the seams into Dynamo; once is enough, and more do no harm. Must run before the first frame is traced."""
-    for seam in (frames, branches, hits, histogram):
+    for seam in (frames, branches, hits, histogram, loops):
         seam.install()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables.builder import VariableBuilder
-from torch._guards import Source
+from torch._guards import Guard, Source
 
 from . import twins
 from .fakes import Resizer
@@ -53,6 +53,7 @@ class Stamp:
     nodes: list[fx.Node]  # of iteration 2
     operands: list[tuple[object, object]]  # their args and kwargs, with Refs in them
     named: list[fx.Node]  # placeholders behind _NAMED operands, in the order they were lifted
+    guards: list[Guard]  # of iteration 2, about its objects
     resizer: Resizer
 
     def press(
@@ -63,7 +64,7 @@ class Stamp:
         for node in self.named:
             source = twins.rename_all(source_of(node), names)
             lifted[node] = VariableBuilder(tx, source)(twins.resolve(tx, source)).as_proxy().node
-        twins.repeat_guards(tx, names)
+        twins.repeat_guards(tx, self.guards, names)
 
         written: list[fx.Node] = []
         look_up: dict[str, Callable[..., object]] = {
@@ -88,9 +89,14 @@ class Stamp:
 
 
 def read(
-    first: list[fx.Node], second: list[fx.Node], items: tuple[Yielded, Yielded], keys: set[Source], resizer: Resizer
+    first: list[fx.Node],
+    second: list[fx.Node],
+    items: tuple[Yielded, Yielded],
+    names: dict[Source, Source],
+    guards: list[Guard],
+    resizer: Resizer,
 ) -> Stamp:
-    """The stamp of two consecutive iterations; `keys` are the names in iteration 2 that may vary. Raises NoStamp."""
+    """The stamp of two consecutive iterations; `names` are those of iteration 1 by those of 2. Raises NoStamp."""
     if len(first) != len(second):
         raise NoStamp(f"{len(first)} nodes, then {len(second)}")
     place = [{node: i for i, node in enumerate(nodes)} for nodes in (first, second)]
@@ -124,7 +130,7 @@ def read(
         if a is b:
             return b
         if b.op == "placeholder" and isinstance(a, fx.Node) and a.op == "placeholder":
-            if not any(part in keys for part in twins.parts(source_of(b))):
+            if twins.rename_all(source_of(b), names) != source_of(a):
                 raise NoStamp(f"{b} is not named by the iteration")
             named[b] = None
             return Ref(_NAMED, b)
@@ -136,7 +142,7 @@ def read(
             raise NoStamp(f"{a.target} became {b.target}")
         operands.append((zip_leaves(a.args, b.args, varying), zip_leaves(a.kwargs, b.kwargs, varying)))
     order = {placeholder: i for i, placeholder in enumerate(second[0].graph.find_nodes(op="placeholder"))} if named else {}
-    return Stamp(second, operands, sorted(named, key=order.__getitem__), resizer)
+    return Stamp(second, operands, sorted(named, key=order.__getitem__), guards, resizer)
 
 
 def source_of(placeholder: fx.Node) -> Source:

@@ -72,9 +72,9 @@ def parts(source: Source) -> Iterator[Source]:
             yield from parts(part)
 
 
-def repeat_guards(tx: InstructionTranslatorBase, names: dict[Source, Source]) -> None:
-    """Install for the new names (the values of `names`) what is guarded for the old ones."""
-    for guard in list(tx.output.guards):
+def repeat_guards(tx: InstructionTranslatorBase, guards: list[Guard], names: dict[Source, Source]) -> None:
+    """Install for the new names (the values of `names`) what `guards` say about the old ones."""
+    for guard in guards:
         source = rename_all(guard.originating_source, names)
         # A tensor's guard holds the tensor itself; it came when the tensor was lifted.
         if source is not guard.originating_source and guard.create_fn_name() != "TENSOR_MATCH":

@@ -66,18 +66,14 @@ def grouped_linear(
     out[end:].zero_()
     if not hit:
         return out
-    w, b = _table(per_expert(weights, 3), hit), per_expert(biases, 2)
-    shape = weights[0].shape[-2:]
-    for e, x_e, out_e in zip(hit, x[:end].split(sizes), out[:end].split(sizes)):
-        if w[e].shape != shape:  # out= would only warn
-            raise ValueError(
-                f"moec::grouped_linear: expert {e} has a weight of {tuple(w[e].shape)}, others of {tuple(shape)}"
-            )
-        weight = cast(w[e], dtype) if transposed else cast(w[e], dtype).t()
+    b = per_expert(biases, 2)
+    for e, w, x_e, out_e in zip(hit, _weights(weights, transposed, hit), x[:end].split(sizes), out[:end].split(sizes)):
+        if dtype is not None:
+            w = cast(w, dtype)
         if biases:
-            torch.addmm(cast(b[e], dtype), x_e, weight, out=out_e)
+            torch.addmm(cast(b[e], dtype), x_e, w, out=out_e)
         else:
-            torch.mm(x_e, weight, out=out_e)
+            torch.mm(x_e, w, out=out_e)
     return out
 
 
@@ -130,9 +126,19 @@ def _hit(offsets: Tensor) -> tuple[list[int], list[int], int]:
     return hit.tolist(), counts[hit].tolist(), int(counts.sum())
 
 
-def _table(tensors: Tensor | Sequence[Tensor], hit: Sequence[int]) -> Tensor | Sequence[Tensor]:
-    """One call that makes all views is cheaper than one call for each, unless few are wanted."""
-    return tensors.unbind(0) if isinstance(tensors, Tensor) and 4 * len(hit) > tensors.shape[0] else tensors
+def _weights(weights: Sequence[Tensor], transposed: bool, hit: Sequence[int]) -> Sequence[Tensor]:
+    """[D, F] for every expert that has rows, as views; the loop around it should do nothing but multiply."""
+    if weights[0].dim() == 3:
+        stack = weights[0] if transposed else weights[0].mT
+        views = stack.unbind(0) if 4 * len(hit) > stack.shape[0] else stack
+        return [views[e] for e in hit]
+    shape = weights[0].shape
+    for e in hit:
+        if weights[e].shape != shape:  # out= would only warn
+            raise ValueError(
+                f"moec::grouped_linear: expert {e} has a weight of {tuple(weights[e].shape)}, others of {tuple(shape)}"
+            )
+    return [weights[e] if transposed else weights[e].t() for e in hit]
 
 
 def _row_major(x: Tensor) -> Tensor:

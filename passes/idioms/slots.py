@@ -66,6 +66,7 @@ def prove_index_add(body: Body, term: Term) -> Found | None:
     top_k = facts.token_of_order(index, order)
     if top_k is None:
         raise Refused("sorted rows are added at an index that is not known to be the token of the slot", index)
+    body.sorted_by(order, term)
     expr = body.rows(source, Sorted(order), 1)
     if not body.heavy:
         return _nothing_or_refused(body, source)

@@ -1,0 +1,126 @@
+"""Watching one iteration of a loop for everything but graph nodes that it leaves behind.
+
+Dynamo reports writes to its `SideEffects`; while a `Watch` is open, a write to anything that existed before the iteration is an
+escape, except for appending to a list that is a local variable, as long as that list is not read as well. The same for
+what the iteration teaches the ShapeEnv: the nodes that do are remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._dynamo.variables import ListVariable, VariableTracker
+
+from .indices import Uses
+
+_WRITES = ("mutation", "store_attr", "store_instance_dict_attr", "store_cell", "store_global", "register_hook")
+
+
+class AppendedList(ListVariable):
+    """A list variable under watch: `append` is fine, all else is an escape."""
+
+    @property
+    def items(self) -> list[VariableTracker]:
+        items, uses = self.__dict__["_watched"]
+        if uses is not None:
+            uses.escape("a list from before the iteration was read")
+        return items
+
+    @items.setter
+    def items(self, items: list[VariableTracker]) -> None:
+        self.__dict__["_watched"][0][:] = items
+
+    def call_method(
+        self, tx: InstructionTranslatorBase, name: str, args: list[VariableTracker], kwargs: dict[str, VariableTracker]
+    ) -> VariableTracker:
+        items, uses = self.__dict__["_watched"]
+        if name != "append":
+            uses.escape(f"list.{name}")
+            return super().call_method(tx, name, args, kwargs)
+        self.__dict__["_watched"] = (items, None)
+        try:
+            return super().call_method(tx, name, args, kwargs)
+        finally:
+            self.__dict__["_watched"] = (items, uses)
+
+
+def items_of(value: VariableTracker) -> list[VariableTracker] | None:
+    """The items of a list variable, read without being noticed; None for anything else."""
+    if type(value) is AppendedList:
+        return value.__dict__["_watched"][0]
+    return value.items if type(value) is ListVariable else None
+
+
+class Watch:
+    def __init__(self, tx: InstructionTranslatorBase, uses: Uses, depth: int) -> None:
+        self.uses = uses
+        self.teaching: set[fx.Node] = set()
+        effects = tx.output.side_effects
+        self.known_objects = set(effects.id_to_variable)
+        self._undo: list[Callable[[], None]] = []
+        before = _reachable(tx)
+        for value in tx.stack[:depth]:
+            if type(value) is ListVariable:
+                before.pop(id(value))  # a comprehension's list, which nothing but the loop can reach
+        for name in _WRITES:
+            if hasattr(effects, name):
+                self._replace(effects, name, self._reporting(getattr(effects, name), name, before))
+        self._replace(tx.output.shape_env, "guard_or_defer_runtime_assert", self._remembering(tx))
+        for value in tx.symbolic_locals.values():
+            if type(value) is ListVariable and value.source is None:
+                self._watch_list(value)
+
+    def close(self) -> None:
+        self.uses.watching = False
+        for undo in reversed(self._undo):
+            undo()
+
+    def _reporting(self, original: Callable[..., object], name: str, before: dict[int, object]) -> Callable[..., object]:
+        def write(target: VariableTracker, *args: object, **kwargs: object) -> object:
+            if id(target) in before and type(target) is not AppendedList:
+                self.uses.escape(f"{name} of {target}")
+            return original(target, *args, **kwargs)
+
+        return write
+
+    def _remembering(self, tx: InstructionTranslatorBase) -> Callable[..., object]:
+        original = tx.output.shape_env.guard_or_defer_runtime_assert
+
+        def teach(*args: object, **kwargs: object) -> object:
+            self.teaching.add(tx.output.graph._root.prev)
+            return original(*args, **kwargs)
+
+        return teach
+
+    def _replace(self, owner: object, name: str, value: object) -> None:
+        """Shadow a method on the instance until the watch is closed."""
+        shadowed = vars(owner).get(name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: delattr(owner, name) if shadowed is None else setattr(owner, name, shadowed))
+
+    def _watch_list(self, value: ListVariable) -> None:
+        items = value.__dict__.pop("items")
+        value.__dict__["_watched"] = (items, self.uses)
+        value.__class__ = AppendedList
+
+        def undo() -> None:
+            value.__class__ = ListVariable
+            value.__dict__["items"] = value.__dict__.pop("_watched")[0]
+
+        self._undo.append(undo)
+
+
+def _reachable(tx: InstructionTranslatorBase) -> dict[int, object]:
+    """All variables that exist and can be written to, by id (and kept alive, so that ids stay theirs)."""
+    found: dict[int, object] = {}
+    effects = tx.output.side_effects
+    roots: list[object] = [list(effects.id_to_variable.values())]
+    roots += [list(attributes.values()) for attributes in effects.store_attr_mutations.values()]
+    frame: InstructionTranslatorBase | None = tx
+    while frame is not None:
+        roots += [list(frame.symbolic_locals.values()), list(frame.stack), list(frame.symbolic_globals.values())]
+        frame = frame.parent
+    VariableTracker.visit(lambda variable: None, roots, found)
+    return found
