@@ -44,6 +44,7 @@ OURS, BASELINES = ("moec", "ops"), ("eager", "grouped_mm")
 TARGET = 1.1
 
 Forward = Callable[[Tensor], Tensor]
+Shape = tuple[int, int, int, int]  # D, F, E, K
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class OpsBlock(nn.Module):
         return ops.combine(y, order, inverse, offsets, k).view(hidden_states.shape)
 
 
-def blocks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Qwen3MoeSparseMoeBlock]:
+def blocks(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Qwen3MoeSparseMoeBlock]:
     """The block once for each implementation of transformers; all share one set of parameters."""
     d_model, d_expert, num_experts, top_k = shape
     found: dict[str, Qwen3MoeSparseMoeBlock] = {}
@@ -110,8 +111,8 @@ def blocks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str,
 
 
 def variants(
-    shape: tuple[int, ...], dtype: torch.dtype, args: argparse.Namespace
-) -> tuple[dict[str, Forward], nn.Module]:
+    shape: Shape, dtype: torch.dtype, args: argparse.Namespace
+) -> tuple[dict[str, Forward], Qwen3MoeSparseMoeBlock]:
     torch._dynamo.reset()
     plain = blocks(shape, dtype, args.device)
     found: dict[str, Forward] = dict(plain)
@@ -148,10 +149,10 @@ def difference(got: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def measure(shape: tuple[int, ...], dtype_name: str, args: argparse.Namespace) -> list[Cell]:
+def measure(shape: Shape, dtype_name: str, args: argparse.Namespace) -> list[Cell]:
     dtype, cells = DTYPES[dtype_name], []
     forwards, base = variants(shape, dtype, args)
-    parameters = [base.experts.gate_up_proj, base.experts.down_proj]
+    parameters = list(base.experts.parameters())
     for tokens in args.tokens:
         x = torch.randn(1, tokens, shape[0], dtype=dtype, device=args.device, requires_grad=args.backward)
         expected = [t.clone() for t in step(forwards["eager"], x, parameters, args.backward)]
@@ -259,7 +260,8 @@ def main() -> None:
     cells = []
     for shape in args.shapes:
         for dtype in args.dtypes:
-            cells += measure(tuple(int(n) for n in shape.split(",")), dtype, args)
+            d_model, d_expert, num_experts, top_k = (int(n) for n in shape.split(","))
+            cells += measure((d_model, d_expert, num_experts, top_k), dtype, args)
     ratios = {name: [cell.against_best(name) for cell in cells] for name in names if name in OURS}
     for name, found in ratios.items():
         slow = sum(r > TARGET for r in found)

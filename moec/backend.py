@@ -19,6 +19,7 @@ import moec.kernels  # noqa: F401  (registers the kernels of the ops that the re
 from moec import capture, report
 from moec.config import Options, check_inner, check_mode, split
 from moec.errors import MoecError, StrictError
+from moec.ir import Site
 from moec.pipeline import Result, rewrite_graph
 
 log = logging.getLogger("moec")
@@ -35,6 +36,7 @@ class Backend:
     def __init__(self, fixed: Mapping[str, object] | None = None, keep: list[Result] | None = None) -> None:
         self._fixed = dict(fixed or {})
         self._keep = keep
+        self._carried: list[Site] = []  # refused in a trace that was then made again
         self.backend_ctx_ctor = capture.backend_ctx_ctor
 
     def __call__(
@@ -51,10 +53,16 @@ class Backend:
         check_mode(mode)
         result = self._rewrite(gm, ours)
         left = capture.markers.marker_places(result.gm)
+        refused = [s for s in result.sites if s.status == "refused"]
         if left:
+            self._carried += refused or [_unexplained(where) for where in sorted(left)]
             if ours.strict:
                 raise StrictError(f"assumptions of capture that no site explains: {', '.join(sorted(left))}")
             capture.retrace_without(left)  # does not return: Dynamo traces the frame again
+        # the trace that is used now may hold less of a refused site than the one that was given up: keep what was said then
+        told = {s.location for s in refused}
+        result.sites[:0] = [s for s in self._carried if s.location not in told]
+        self._carried = []
         if self._keep is not None:
             self._keep.append(result)
         report.remember(result.sites)
@@ -93,6 +101,11 @@ def compile_inner(
         inner = torch._dynamo.lookup_backend(options.inner)
         extra = {"options": dict(rest)} if rest else {}
         return inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type, return-value]
+
+
+def _unexplained(where: str) -> Site:
+    reason = "tracing assumed here that every expert has tokens, and no routed sum was found for which that makes no difference"
+    return Site(status="refused", idiom="capture", location=where, reason=f"{reason} ({where})")
 
 
 @functools.lru_cache(maxsize=None)

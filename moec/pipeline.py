@@ -198,7 +198,9 @@ def _verify(detection: Detection, sites: list[Site], options: Options, verified:
         ids = next(e.node.name for e in expressions(region.topk_ids) if isinstance(e, Outer))
         root = facts.ids_root(detection.values.of[next(e.node for e in expressions(region.topk_ids) if isinstance(e, Outer))])
         try:
-            outcome = verify(site.before, site.after, ids, region.num_experts, root is not None and facts.ids_distinct(root))
+            distinct = root is not None and facts.ids_distinct(root)
+            most = 2 if options.verify == "sample" else 6
+            outcome = verify(site.before, site.after, ids, region.num_experts, distinct, region.autocast, most)
         except Exception as fault:
             if options.strict:
                 raise

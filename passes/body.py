@@ -25,7 +25,7 @@ from moec.ir import Apply, ExpertRows, Expr, Fact, GroupedLinear, Outer, Separat
 from moec.passes import facts, rowwise
 from moec.passes.normalise import Values
 from moec.passes.roll import Roller, hole_values
-from moec.passes.terms import Arg, Term, children, dtype, location, numel, rank, same_size, shape
+from moec.passes.terms import Arg, Term, children, dtype, is_tensor, location, numel, rank, same_size, shape
 
 
 class Refused(Exception):
@@ -161,6 +161,8 @@ class Body:
 
     def _walk(self, term: Term, order: Order, lead: int) -> Expr:
         op = term.op
+        if op == "hole":
+            raise Refused(_why_unlike(term), term)
         if (found := self._leaf(term, order, lead)) is not None:
             return found
         if op in ("linear", "matmul", "bmm", "grouped_mm"):
@@ -238,10 +240,12 @@ class Body:
                 return self._expert_rows(args[0], False, term)
             raise Refused("sorted rows are gathered by an index that is not known to be the token of the slot", term)
         if op == "cat" and args[1] == 0 and isinstance(args[0], tuple) and len(args[0]) >= 2:
-            rolled = self.roller.roll(args[0])
-            self.claim_experts(len(args[0]), term)
+            parts = args[0]
+            if isinstance(parts[-1], Term) and parts[-1].op == "zeros":
+                parts = parts[:-1]  # rows of the slots that no expert has
+            self.claim_experts(len(parts), term)
             self.inner.append(term)
-            return self.rows(rolled, LoopSlice(order.order), 1)
+            return self.rows(self.roller.roll(parts), LoopSlice(order.order), 1)
         return None
 
     def _leaf_loop_rows(self, term: Term, order: LoopRows) -> Expr | None:
@@ -411,11 +415,18 @@ class Body:
         ends = _instances(end) or hole_values(end) or (end,) * count
         starts = tuple(s if s is not None else 0 for s in starts)
         sizes: list[Arg] = []
+        running = [_running_total(end) for end in ends]
         for e in range(count):
             expected = 0 if e == 0 else ends[e - 1]
             if not _same_number(starts[e], expected):
                 raise Refused(f"slice {e} does not start where slice {e - 1} ends" if e else "the first slice does not start at 0", term)
             sizes.append(_minus(ends[e], starts[e]))
+        if all(r is not None and r[1] == e and r[0] is running[0][0] for e, r in enumerate(running)):  # type: ignore[index]
+            histogram = facts.histogram_of(running[0][0])  # type: ignore[index]
+            if histogram is None or histogram.root is not facts.sorted_order(order.order) or histogram.num_experts < count:
+                raise Refused("the slices end where another histogram than that of the ids says", term)
+            self.fact("slices hold the rows of each expert, by running sums of the histogram", term)
+            return
         self._counts_in_order(tuple(sizes), order, term)
 
     def _masks_the_tail(self, term: Term, order: Order) -> bool:
@@ -539,6 +550,8 @@ class Body:
         """The E values behind a rolled, row-free term: one stack, or one node for each expert."""
         if not isinstance(term, Term) or not has_hole(term):
             raise Refused("a weight that is not one per expert", where)
+        if _spans_tokens(term):
+            raise Refused("an expert uses a value computed over all of its rows at once", term)
         stacked = self._stacked(term)
         if stacked is not None:
             return Stacked(stacked)
@@ -547,7 +560,7 @@ class Body:
             raise Refused("a weight that is not one tensor per expert", where)
         vals = [i.val for i in instances]
         first = vals[0]
-        if not all(isinstance(v, torch.Tensor) for v in vals):
+        if not all(map(is_tensor, vals)):
             raise Refused("a weight of unknown shape", where)
         for e, v in enumerate(vals):
             if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:  # type: ignore[union-attr]
@@ -856,6 +869,20 @@ def _holds_rows(source: Arg, order: LoopRows) -> bool:
     return False
 
 
+def _spans_tokens(term: Term) -> bool:
+    """Whether a value without rows was made from rows: something below it has as many rows as an expert has tokens."""
+    stack, seen = [term], set()
+    while stack:
+        t = stack.pop()
+        if id(t) in seen or t.instances is None:
+            continue
+        seen.add(id(t))
+        if any(not isinstance(s, int) for s in shape(t) or ()):
+            return True
+        stack.extend(children(t))
+    return False
+
+
 def _instances(arg: Arg) -> tuple[Arg, ...] | None:
     return arg.instances if isinstance(arg, Term) and arg.instances is not None else None
 
@@ -880,9 +907,33 @@ def _minus(end: Arg, start: Arg) -> Arg:
     return None
 
 
+def _running_total(end: Arg) -> tuple[Term, Arg] | None:
+    """(counts, e) when a number is the entry e of the running sum of counts."""
+    while isinstance(end, Term) and end.op in ("item", "cast"):
+        end = end.args[0]
+    if isinstance(end, Term) and end.op == "select" and isinstance(end.args[0], Term):
+        total = end.args[0]
+        while total.op in ("cast", "to_device") and isinstance(total.args[0], Term):
+            total = total.args[0]
+        if total.op == "cumsum" and isinstance(total.args[0], Term):
+            return total.args[0], end.args[2]
+    return None
+
+
 def _same_rows(a: Term, b: Arg) -> bool:
     u, v = shape(a), shape(b)
     return u is not None and v is not None and same_size(u[0], v[0])
+
+
+def _why_unlike(hole: Term) -> str:
+    """What keeps the instances of a hole from being one expression."""
+    instances = hole.instances
+    if instances is None:
+        return "an expert is given a number where another is given a tensor"
+    odd = next((e for e, i in enumerate(instances) if i.op != instances[0].op or len(i.args) != len(instances[0].args)), None)
+    if odd is None:
+        return "rows of experts come from different tensors"
+    return f"expert {odd} computes `{instances[odd].op}` where expert 0 computes `{instances[0].op}`"
 
 
 def _static(sizes: tuple[int | torch.SymInt, ...], term: Arg) -> tuple[int, ...]:

@@ -189,7 +189,11 @@ def _dead(graph: fx.Graph, buffers: Buffers, proven: list[_Proven], markers: fro
     unchecked = live_nodes(graph, buffers, inputs, cut, lambda n: n in markers or is_assert(n))
     gone = before - unchecked
     # a check of something that dies dies with it; every other check is kept, with what it needs
-    dying = frozenset(n for n in gone if is_assert(n) and ancestors(n) & {g for g in gone if _is_tensor(g)})
+    touched: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node in gone and _is_tensor(node)) or any(a in touched and (node, a) not in cut for a in node.all_input_nodes):
+            touched.add(node)
+    dying = frozenset(n for n in gone if is_assert(n) and n in touched)
     after = live_nodes(graph, buffers, inputs, cut, lambda n: n in markers or n in dying)
     dead: set[fx.Node] = set()
     for node in graph.nodes:  # code that was dead before goes too where it reads what dies
@@ -277,7 +281,19 @@ def _discharges(values: Values, marker: fx.Node, p: _Proven) -> bool:
         mask = facts.is_hit(subject)
         return mask is not None and mask.root is p.body.ids and mask.num_experts == p.region.num_experts
     answered = _says_not_empty(subject, marker.args[1])
-    return answered is not None and answered[0] is p.body.ids
+    return answered is not None and answered[0] is p.body.ids and answered[1] == _expert_after(values, marker, p)
+
+
+def _expert_after(values: Values, marker: fx.Node, p: _Proven) -> int | None:
+    """The expert whose products come next after the marker: the one that the branch would have skipped."""
+    at = values.position[marker]
+    later = [
+        (values.position[instance.node], expert)
+        for term in p.body.heavy
+        for expert, instance in enumerate(term.instances or ())
+        if instance.node is not None and values.position[instance.node] > at
+    ]
+    return min(later, default=(0, None))[1]
 
 
 def _says_not_empty(condition: Arg, value: object) -> tuple[Term, Arg] | None:
@@ -315,10 +331,22 @@ def _unseen_routers(values: Values, proven: list[_Proven], refusals: list[tuple[
             continue
         if any(k is not None and _depends_on(k, term) for k in known):
             continue
-        users = {target_name(u) for u in _near_users(node)}
-        if users & {"one_hot", "eq", "argsort", "sort", "bincount", "histc", "scatter_", "scatter", "nonzero"}:
+        if any(u.op == "output" for u in node.users):
+            found.append(("unknown", Refusal("expert ids leave the graph: a graph break lies between the router and its experts", str(node), location(node))))
+            continue
+        near = _near_users(node)
+        users = {target_name(u) for u in near}
+        if any(_reads_weights(u) for u in near) or users & {"one_hot", "eq", "argsort", "sort", "bincount", "histc", "scatter_", "scatter", "nonzero"}:
             found.append(("unknown", Refusal("expert ids are chosen here, but no idiom explains how the tokens are dispatched", str(node), location(node))))
     return found
+
+
+def _reads_weights(user: fx.Node) -> bool:
+    """Whether a node gathers matrices of a parameter stack by a computed index."""
+    if target_name(user) not in ("getitem", "index", "index_select", "embedding") or not isinstance(user.args[0], fx.Node):
+        return False
+    source = user.args[0].meta.get("example_value", user.args[0].meta.get("val"))
+    return user.args[0].op in ("placeholder", "get_attr") and isinstance(source, torch.Tensor) and source.ndim >= 3
 
 
 def _depends_on(term: Term, other: Term) -> bool:

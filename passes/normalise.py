@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from moec.passes.terms import Arg, Interner, Term
+from moec.passes.terms import Arg, Interner, Meta, Term, is_tensor
 
 # name -> argument names, for the operations whose arguments detection reads. A default of ... means "required".
 SIGNATURES: dict[str, tuple[tuple[str, object], ...]] = {
@@ -150,7 +150,7 @@ class Values:
             self._define(node, self._opaque(node), None)
             if isinstance(node.target, Callable) and not _is_pure_helper(node.target):
                 for arg in node.all_input_nodes:  # a function we know nothing about may write to what it is given
-                    if isinstance(_val(arg), torch.Tensor):
+                    if is_tensor(_val(arg)):
                         self._write(node, arg, self._opaque(arg))
             return
         if name == "setitem":
@@ -168,8 +168,8 @@ class Values:
         if kwargs.pop("inplace", False):
             writes = True
         value = self._build(name, args, kwargs, node)
-        if writes and isinstance(target, fx.Node) and isinstance(_val(target), torch.Tensor):
-            if isinstance(value, Term) and isinstance(_val(target), torch.Tensor):
+        if writes and isinstance(target, fx.Node) and is_tensor(_val(target)):
+            if isinstance(value, Term) and is_tensor(_val(target)):
                 value = self._cast(value, _val(target).dtype, _val(target))
             self._write(node, target, value)
             self._define(node, value, target)
@@ -223,14 +223,14 @@ class Values:
         if name in IDENTITIES:
             return x
         if name in CASTS:
-            return self._cast(x, val.dtype, val) if isinstance(val, torch.Tensor) else self._opaque(node)
+            return self._cast(x, val.dtype, val) if is_tensor(val) else self._opaque(node)
         if name == "detach":
-            return x if isinstance(val, torch.Tensor) and not val.is_floating_point() else make("detach", (x,), (), val)
+            return x if is_tensor(val) and not val.is_floating_point() else make("detach", (x,), (), val)
         if name == "reshape":
             return self._reshape(x, val)
-        if name in ("zeros", "ones") and isinstance(val, torch.Tensor):
+        if name in ("zeros", "ones") and is_tensor(val):
             return make(name, (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
-        if name in ("full", "new_full", "full_like") and isinstance(val, torch.Tensor):
+        if name in ("full", "new_full", "full_like") and is_tensor(val):
             fill = kwargs.get("fill_value", args[1] if len(args) > 1 else None)
             if fill == 0 and not isinstance(fill, Term):
                 return make("zeros", (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
@@ -241,11 +241,11 @@ class Values:
         if name == "getitem":
             return self._getitem(x, args[1], val)
         if name in ("t", "T", "mT"):
-            if isinstance(x, Term) and isinstance(x.val, torch.Tensor):
+            if isinstance(x, Term) and is_tensor(x.val):
                 return self._permute(x, (*range(x.val.ndim - 2), -1, -2), val) if x.val.ndim >= 2 else x
         if name == "transpose":
             x, a, b = self._bind(name, args, kwargs)
-            if isinstance(val, torch.Tensor):
+            if is_tensor(val):
                 order = list(range(val.ndim))
                 order[a], order[b] = order[b], order[a]
                 return self._permute(x, tuple(order), val)
@@ -280,14 +280,14 @@ class Values:
         if name == "expand" or name == "expand_as":
             return (
                 make("expand", (x, tuple(map(_size, val.shape))), (), val)
-                if isinstance(val, torch.Tensor)
+                if is_tensor(val)
                 else self._opaque(node)
             )
         if name == "clamp_max":
             return make("clamp", (x, None, kwargs.get("max", args[1] if len(args) > 1 else None)), (), val)
         if name == "clamp_min":
             return make("clamp", (x, kwargs.get("min", args[1] if len(args) > 1 else None), None), (), val)
-        if name == "arange" and isinstance(val, torch.Tensor):
+        if name == "arange" and is_tensor(val):
             start = args[0] if len(args) > 1 else 0
             step = args[2] if len(args) > 2 else kwargs.get("step", 1)
             if start == 0 and step == 1 and not isinstance(start, Term):
@@ -359,19 +359,19 @@ class Values:
         return tuple(bound.get(n, d) for n, d in names)  # type: ignore[misc]
 
     def _cast(self, x: Arg, dtype: torch.dtype, val: object) -> Arg:
-        if isinstance(x, Term) and isinstance(x.val, torch.Tensor):
-            if x.val.dtype == dtype and (not isinstance(val, torch.Tensor) or x.val.device == val.device):
+        if isinstance(x, Term) and is_tensor(x.val):
+            if x.val.dtype == dtype and (not is_tensor(val) or x.val.device == val.device):
                 return x
-            if isinstance(val, torch.Tensor) and x.val.device != val.device:
+            if is_tensor(val) and x.val.device != val.device:
                 return self.make("to_device", (x, dtype, str(val.device)), (), val)
         return self.make("cast", (x, dtype), (), val)
 
     def _reshape(self, x: Arg, val: object, op: str = "reshape", extra: tuple[Arg, ...] = ()) -> Arg:
-        if not isinstance(val, torch.Tensor):
+        if not is_tensor(val):
             return self.make(op, (x, *extra), (), val)
         if isinstance(x, Term) and x.op in ("reshape", "unsqueeze"):
             x = x.args[0]
-        if isinstance(x, Term) and isinstance(x.val, torch.Tensor) and _same_shape(x.val.shape, val.shape):
+        if isinstance(x, Term) and is_tensor(x.val) and _same_shape(x.val.shape, val.shape):
             return x
         return self.make("reshape", (x, tuple(map(_size, val.shape))), (), val)
 
@@ -383,14 +383,14 @@ class Values:
         return x if dims == tuple(range(n)) else self.make("permute", (x, dims), (), val)
 
     def _transposed(self, x: Arg) -> Arg:
-        val = x.val.transpose(-1, -2) if isinstance(x, Term) and isinstance(x.val, torch.Tensor) else None
+        val = x.val.transpose(-1, -2) if isinstance(x, Term) and is_tensor(x.val) else None
         n = val.ndim if val is not None else 2
         return self._permute(x, (*range(n - 2), n - 1, n - 2), val)
 
     # -- indexing ------------------------------------------------------------------------------------------------------
 
     def _getitem(self, x: Arg, index: Arg, val: object) -> Arg:
-        if not (isinstance(x, Term) and isinstance(x.val, torch.Tensor)):
+        if not (isinstance(x, Term) and is_tensor(x.val)):
             if isinstance(x, Term) and x.op == "unbind" and isinstance(index, int):
                 return self.make("select", (*x.args, index), (), val)
             return self.make("item_of", (x, index), (), val)
@@ -423,7 +423,7 @@ class Values:
             return inner
         return (
             self.make("reshape", (inner, tuple(map(_size, val.shape))), (), val)
-            if isinstance(val, torch.Tensor)
+            if is_tensor(val)
             else inner
         )
 
@@ -453,7 +453,7 @@ class Values:
 
     def _setitem(self, x: Arg, index: Arg, source: Arg, val: object) -> Arg:
         index = index if isinstance(index, tuple) else (index,)
-        advanced = any(isinstance(i, Term) and isinstance(i.val, torch.Tensor) for i in index)
+        advanced = any(isinstance(i, Term) and is_tensor(i.val) for i in index)
         if advanced and not any(i is None or i is ... for i in index):
             kept = tuple("whole" if isinstance(i, slice) and i == slice(None) else i for i in index)
             while kept and kept[-1] == "whole":
@@ -537,20 +537,20 @@ def _same_shape(a: torch.Size, b: torch.Size) -> bool:
 
 def _same_view(a: fx.Node, b: fx.Node) -> bool:
     u, v = _val(a), _val(b)
-    return isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and _same_shape(u.shape, v.shape)
+    return is_tensor(u) and is_tensor(v) and _same_shape(u.shape, v.shape)
 
 
 def _positive(dim: Arg, of: object) -> Arg:
     val = of.val if isinstance(of, Term) else of
-    return dim % max(val.ndim, 1) if isinstance(dim, int) and isinstance(val, torch.Tensor) else dim
+    return dim % max(val.ndim, 1) if isinstance(dim, int) and is_tensor(val) else dim
 
 
 def _is_scalar_number(i: Arg) -> bool:
-    return isinstance(i, Term) and not isinstance(i.val, torch.Tensor) and i.val is not None
+    return isinstance(i, Term) and not is_tensor(i.val) and i.val is not None
 
 
 def _is_bool_mask(i: Arg) -> bool:
-    return isinstance(i, Term) and isinstance(i.val, torch.Tensor) and i.val.dtype in (torch.bool, torch.uint8)
+    return isinstance(i, Term) and is_tensor(i.val) and i.val.dtype in (torch.bool, torch.uint8)
 
 
 def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
@@ -563,9 +563,9 @@ def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
 
 def _without_new_axes(val: object, index: tuple[Arg, ...]) -> object:
     """The fake result of `x[index]` with the unit axes of its `None` entries taken off."""
-    if not isinstance(val, torch.Tensor) or not _new_axes_only_reshape(index):
+    if not is_tensor(val) or not _new_axes_only_reshape(index):
         return None
-    ranks = [i.val.ndim for i in index if isinstance(i, Term) and isinstance(i.val, torch.Tensor) and not _is_bool_mask(i)]
+    ranks = [i.val.ndim for i in index if isinstance(i, Term) and is_tensor(i.val) and not _is_bool_mask(i)]
     block, dim, placed = max(ranks, default=1), 0, False
     drop = []
     for i in index:
@@ -576,20 +576,18 @@ def _without_new_axes(val: object, index: tuple[Arg, ...]) -> object:
             dim += 1
         elif not placed:
             dim, placed = dim + block, True
-    for d in reversed(drop):
-        val = val.squeeze(d)
-    return val
+    return Meta(tuple(s for d, s in enumerate(val.shape) if d not in drop), val.dtype, val.device)
 
 
 def _copies(name: str, args: tuple[Arg, ...], target: fx.Node, node: fx.Node) -> bool:
     """Whether an operation that can return a view returns memory of its own here."""
     before, after = _val(target), _val(node)
-    if name == "getitem" and isinstance(before, torch.Tensor):
+    if name == "getitem" and is_tensor(before):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(i, tuple) or (isinstance(i, Term) and isinstance(i.val, torch.Tensor)) for i in index)
+        return any(isinstance(i, tuple) or (isinstance(i, Term) and is_tensor(i.val)) for i in index)
     if name == "getitem":  # one of several results: a view only if the results are views
         return canonical_name(target)[0] not in VIEWS if target.op in ("call_function", "call_method") else False
-    if name in CASTS and isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+    if name in CASTS and is_tensor(before) and is_tensor(after):
         return before.dtype != after.dtype or before.device != after.device
     return False
 

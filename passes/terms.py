@@ -22,6 +22,27 @@ Const = Union[
 Arg = Union["Term", Const, tuple["Arg", ...]]
 
 
+@dataclass(frozen=True)
+class Meta:
+    """What is known of a tensor that no node of the graph holds: as much of a fake tensor as the passes read."""
+
+    shape: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+def is_tensor(val: object) -> bool:
+    """Whether a value is a tensor's."""
+    return isinstance(val, (torch.Tensor, Meta))
+
+
 @dataclass(eq=False)
 class Term:
     """One value. `val` is its fake tensor or symbolic number where known; `nodes` are the FX nodes that hold it."""
@@ -113,7 +134,7 @@ def children(term: Term) -> list[Term]:
 
 def shape(term: Arg) -> tuple[int | torch.SymInt, ...] | None:
     """The shape of a tensor term, None where it is not known."""
-    return tuple(term.val.shape) if isinstance(term, Term) and isinstance(term.val, torch.Tensor) else None
+    return tuple(term.val.shape) if isinstance(term, Term) and is_tensor(term.val) else None
 
 
 def rank(term: Arg) -> int | None:
@@ -124,7 +145,7 @@ def rank(term: Arg) -> int | None:
 
 def dtype(term: Arg) -> torch.dtype | None:
     """The dtype of a tensor term, None where it is not known."""
-    return term.val.dtype if isinstance(term, Term) and isinstance(term.val, torch.Tensor) else None
+    return term.val.dtype if isinstance(term, Term) and is_tensor(term.val) else None
 
 
 def same_size(a: object, b: object) -> bool:

@@ -6,6 +6,7 @@ must be what its markers say.
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -489,3 +490,353 @@ def test_markers_survive_dead_code_elimination_and_cost_nothing():
     graph.eliminate_dead_code()
     assert sum(map(markers.is_marker, graph.nodes)) == E
     assert markers.assume(True, False, "x:1") is None and markers.assume_every(torch.ones(3), "x:1") is None
+
+
+# -- Equal iterations are stamped, and nobody can tell -----------------------------------------------------------------------
+
+
+def rows(gm):
+    """A graph as comparable data: operations, wiring, constants with their types, shapes, symbols."""
+    number = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
+
+    def shape(value):
+        if isinstance(value, torch.Tensor):
+            return [str(n) for n in (*value.shape, *value.stride())], value.dtype, value.device, value.requires_grad
+        if isinstance(value, (tuple, list)):
+            return [shape(item) for item in value]
+        return str(value)
+
+    def leaf(value):
+        return number[value] if isinstance(value, torch.fx.Node) else (type(value), repr(value))
+
+    return [
+        (
+            node.op,
+            node.name if node.op == "placeholder" else node.target,
+            repr(torch.utils._pytree.tree_map(leaf, (node.args, node.kwargs))),
+            repr(shape(node.meta.get("example_value"))),
+            sorted(map(str, node.meta.get("unbacked_bindings", ()))),
+        )
+        for node in gm.graph.nodes
+    ]
+
+
+class GuardedRecorder(Recorder):
+    """Remembers the guards as well: names and kinds."""
+
+    def __call__(self, gm, example_inputs):
+        guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
+        self.guards = sorted({(re.sub(r"___\d+", "", str(g.name)), g.create_fn_name()) for g in guards})  # names are numbered
+        return super().__call__(gm, example_inputs)
+
+
+def traced(model, x, stamping):
+    torch._dynamo.reset()
+    fn, backend = compiled(model, GuardedRecorder())
+    with capture.stamping(stamping):
+        y = fn(x)
+    assert len(backend.graphs) == 1
+    return y, backend
+
+
+@pytest.fixture
+def stamps(monkeypatch):
+    """How many iterations were stamped."""
+    from moec.capture.loops import Lesson
+
+    repeat, count = Lesson.repeat, []
+
+    def counting(self, tx, item):
+        repeat(self, tx, item)
+        count.append(item)
+
+    monkeypatch.setattr(Lesson, "repeat", counting)
+    return count
+
+
+def assert_stamping_changes_nothing(model, tokens=T):
+    x = torch.randn(tokens, D, dtype=torch.float64)
+    _, plain = traced(model, x, False)
+    y, stamped = traced(model, x, True)
+    assert rows(stamped.graphs[0]) == rows(plain.graphs[0])
+    assert stamped.guards == plain.guards
+    torch.testing.assert_close(y, model(x))
+
+
+STAMPED = {
+    Where: E - 3, WhereSkippingBySize: E - 3, WhereSkippingByNumel: E - 3, WhereSkippingByLen: E - 3, BooleanMask: E - 3,
+    BooleanMaskItem: E - 3, OneHotCounts: E - 3, CountTruth: E - 3, LitGPT: E - 3, HuggingFaceV4: E - 3,
+    HuggingFaceV5: E - 3, HitFlat: E - 3, HitUnique: E - 3, DeepSeek: E - 3, DeepSeekBincount: E - 3, Split: E - 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stamped_graph_is_the_traced_graph(form, stamps):
+    assert_stamping_changes_nothing(form(skip=(1, 6)).double())
+    assert len(stamps) >= STAMPED.get(form, 0)
+
+
+@pytest.mark.parametrize("form", [Where, LitGPT, HuggingFaceV5, DeepSeek])
+def test_stamped_graph_is_the_traced_graph_with_symbolic_tokens(form):
+    model = form().double()
+    found = []
+    for stamping in (False, True):
+        torch._dynamo.reset()
+        fn, backend = compiled(model)
+        with capture.stamping(stamping):
+            for tokens in (5, 11):
+                fn(torch.randn(tokens, D, dtype=torch.float64))
+        found.append(rows(backend.graphs[-1]))
+        assert len(backend.graphs) == 2
+    assert found[0] == found[1]
+
+
+def with_another_activation(model):
+    model.experts[5].act = F.gelu
+
+
+def with_another_width(model):
+    model.experts[5] = Expert(width=FF + 3)
+
+
+def with_another_class(model):
+    class Doubling(Expert):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.experts[5] = Doubling()
+
+
+def with_a_hook(model):
+    model.experts[5].register_forward_hook(lambda module, args, out: out * 3)
+
+
+def with_an_inner_hook(model):
+    model.experts[5].up_proj.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def with_a_frozen_weight(model):
+    model.experts[5].up_proj.weight.requires_grad_(False)
+
+
+def with_a_bias(model):
+    model.experts[5].down_proj = nn.Linear(FF, D)
+
+
+def with_a_shared_expert(model):
+    model.experts[5] = model.experts[4]
+
+
+def with_a_tied_weight(model):
+    model.experts[6].up_proj.weight = model.experts[3].up_proj.weight
+
+
+def with_a_patched_forward(model):
+    model.experts[5].forward = lambda x: x * 0.5
+
+
+ODD_EXPERTS = [
+    with_another_activation, with_another_width, with_another_class, with_a_hook, with_an_inner_hook, with_a_frozen_weight,
+    with_a_bias, with_a_shared_expert, with_a_tied_weight, with_a_patched_forward,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [Where, LitGPT, HuggingFaceV4, DeepSeek])
+@pytest.mark.parametrize("change", ODD_EXPERTS)
+def test_one_expert_unlike_the_others(form, change):
+    model = form()
+    change(model)
+    assert_stamping_changes_nothing(model.double())
+
+
+class OddLoop(Where):
+    """`body` sees the loop's number in ways that a stamp could get wrong."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.scale = [1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 3.0]
+        self.acts = nn.ModuleList(nn.GELU() if e == 5 else nn.SiLU() for e in range(E))
+        self.special = self.experts[6]
+        self.seen = 0
+
+    def forward(self, x):
+        return self.body(self, x, self.route(x)[1])
+
+
+def branch_on_number(self, x, ids):
+    out = torch.zeros_like(x)
+    for e in range(E):
+        y = self.experts[e](x)
+        if e == 5:
+            y = y * 2
+        out = out + y
+    return out
+
+
+def number_in_arithmetic(self, x, ids):
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + self.experts[e](x) * (e // 4)
+    return out
+
+
+def number_in_a_list(self, x, ids):
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + self.experts[e](x) * self.scale[e]
+    return out
+
+
+def permuted_number(self, x, ids):
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + self.experts[[0, 1, 2, 5, 4, 3, 7, 6][e]](x)
+    return out
+
+
+def unparametrised_children(self, x, ids):
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + self.acts[e](x)
+    return out
+
+
+def identity_of_module(self, x, ids):
+    out = torch.zeros_like(x)
+    for expert in self.experts:
+        out = out + (expert(x) if expert is not self.special else x)
+    return out
+
+
+def counter(self, x, ids):
+    out, n = torch.zeros_like(x), 0
+    for expert in self.experts:
+        out = out + expert(x) * n
+        n += 1
+    return out
+
+
+def attribute_counter(self, x, ids):
+    out = torch.zeros_like(x)
+    self.seen = 0
+    for expert in self.experts:
+        self.seen += 1
+        out = out + expert(x) * self.seen
+    return out
+
+
+def length_of_list(self, x, ids):
+    ys = []
+    for expert in self.experts:
+        ys.append(expert(x) * (2 if len(ys) == 5 else 1))
+    return torch.stack(ys).sum(0)
+
+
+def element_of_list(self, x, ids):
+    ys = [x]
+    for expert in self.experts:
+        ys.append(expert(ys[-1]))
+    return torch.stack(ys).sum(0)
+
+
+def number_after_the_loop(self, x, ids):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(self.experts):
+        y = expert(x)
+        out = out + y
+    return out * e + y
+
+
+def leaves_early(self, x, ids):
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(self.experts):
+        if e == 6:
+            break
+        out = out + expert(x)
+    return out
+
+
+def growing_shape(self, x, ids):
+    out = x
+    for expert in self.experts:
+        out = torch.cat([out, expert(x)])
+        if out.shape[0] > 6 * T:
+            out = out[:T]
+    return out
+
+
+def strings(self, x, ids):
+    out = torch.zeros_like(x)
+    for name, expert in self.experts.named_children():
+        out = out + expert(x) * (2 if name == "5" else 1)
+    return out
+
+
+def one_tensor_many_times(self, x, ids):
+    out, other = torch.zeros_like(x), x + 1
+    for weight, expert in zip([other, other, other, other, x, other, x, other], self.experts):
+        out = out + expert(x) * weight
+    return out
+
+
+def tensors_of_two_shapes(self, x, ids):
+    out = torch.zeros_like(x)
+    for weight, expert in zip([x, x + 1, x + 2, x + 3, (x + 4)[:, :1], x + 5, x + 6, x + 7], self.experts):
+        out = out + (expert(x) * weight if weight.shape[1] == D else expert(x) - weight)
+    return out
+
+
+def two_alternating_bodies(self, x, ids):
+    out = torch.zeros_like(x)
+    for i, expert in zip([0, 1] * 4, self.experts):
+        out = out + expert(x) * i
+    return out
+
+
+def nested_loops(self, x, ids):
+    out = torch.zeros_like(x)
+    for _ in range(5):
+        for expert in self.experts:
+            out = out + expert(x)
+    return out
+
+
+def written_in_place(self, x, ids):
+    ys = [expert(x) for expert in self.experts]
+    for y in ys:
+        y.mul_(2)
+    ys[-1].add_(1)
+    return torch.stack(ys).sum(0)
+
+
+def swapped_variables(self, x, ids):
+    a, b = x, x + 1
+    for expert in self.experts:
+        a, b = b, expert(a)
+    return a - b
+
+
+ODD_LOOPS = [
+    branch_on_number, number_in_arithmetic, number_in_a_list, permuted_number, unparametrised_children, identity_of_module, counter,
+    attribute_counter, length_of_list, element_of_list, number_after_the_loop, leaves_early, growing_shape, strings,
+    one_tensor_many_times, tensors_of_two_shapes, two_alternating_bodies, nested_loops, written_in_place, swapped_variables,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ODD_LOOPS)
+def test_loops_that_are_not_one_body_repeated(body):
+    assert_stamping_changes_nothing(OddLoop(body).double())
+
+
+def test_a_changed_expert_is_noticed(stamps):
+    model = Where().double()
+    fn, backend = compiled(model)
+    x = torch.randn(T, D, dtype=torch.float64)
+    torch.testing.assert_close(fn(x), model(x))
+    assert len(stamps) == E - 3
+    model.experts[5].act = torch.tanh
+    torch.testing.assert_close(fn(x), model(x))
+    model.experts[6].up_proj.weight.requires_grad_(False)
+    torch.testing.assert_close(fn(x), model(x))
+    assert len(backend.graphs) == 3

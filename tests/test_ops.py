@@ -161,13 +161,12 @@ def test_error_is_no_larger_than_that_of_eager(name: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_each_product_is_bitwise_that_of_linear(dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("width", [D, 32])
+def test_each_product_is_bitwise_that_of_linear(dtype: torch.dtype, bias: bool, width: int) -> None:
     """What the numerics of the contract promise on CPU: one rounding, the same GEMM."""
-    ids, num_experts = ids_of("sentinels")
-    layer = Layer.random(ids, num_experts, dtype)
-    order, inverse, offsets = ops.route(ids, num_experts)
-    rows = ops.dispatch(layer.x.detach(), order, inverse, offsets, 2)
-    args = (rows, [layer.w.detach()], [layer.b.detach()] if bias else [], offsets)
+    offsets = routing("sentinels")[2]
+    rows, w, b = (torch.randn(s).to(dtype) for s in ((8, width), (4, 16, width), (4, 16)))
+    args = (rows, [w], [b] if bias else [], offsets)
     assert torch.equal(ops.grouped_linear(*args), reference.grouped_linear(*args))
 
 
@@ -236,12 +235,14 @@ def test_tails_are_zeros_and_never_read(module: object) -> None:
     assert (module.combine(y, order, inverse, offsets, k)[2] == 0).all()
 
 
-def test_weights_of_experts_without_rows_are_never_read() -> None:
-    order, inverse, offsets, k = routing("empty experts")
-    w = torch.full((6, WIDTH, D), float("nan"))
-    w[[1, 4]] = torch.randn(2, WIDTH, D)
-    x = torch.randn(6, D, requires_grad=True)
-    out = ops.grouped_linear(x, list(w), [], offsets)
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize("width", [D, 32])
+def test_weights_of_experts_without_rows_are_never_read(stacked: bool, width: int) -> None:
+    offsets = routing("empty experts")[2]
+    w = torch.full((6, 16, width), float("nan"))
+    w[[1, 4]] = torch.randn(2, 16, width)
+    x = torch.randn(6, width, requires_grad=True)
+    out = ops.grouped_linear(x, [w] if stacked else list(w), [], offsets)
     out.sum().backward()
     assert out.isfinite().all()
     assert x.grad is not None
@@ -352,7 +353,9 @@ def test_dtype_does_what_autocast_does() -> None:
         ops.grouped_linear(rows.double(), [layer.w], [], offsets, dtype=torch.bfloat16)
 
 
-def test_autocast_around_the_ops_changes_nothing() -> None:
+@pytest.mark.parametrize("kernel", [cpu, eager], ids=["loop", "reference"])
+def test_autocast_around_the_ops_changes_nothing(kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(moec.kernels.PRODUCTS, "loop", kernel)
     ids, num_experts = ids_of("sentinels")
     layer = Layer.random(ids, num_experts, torch.float32)
     plain = routed(layer, ids, num_experts)

@@ -1,57 +1,77 @@
 """Example values for the nodes of a stamped iteration.
 
 Dynamo runs every node on fake tensors, which is most of what tracing costs. The nodes of iteration j have the shapes of
-iteration 2, but for sizes that only the data know: the u7 tokens of expert 2 are the u31 of expert j. Nodes that make such
-symbols, compute with them, or teach the ShapeEnv something are run as always; for the rest, iteration 2's example is
-taken and its symbols are exchanged.
+iteration 2, but for sizes that only the data know: the u7 tokens of expert 2 are the u31 of expert j. So iteration 2's example
+values are taken, with its own symbols exchanged for new ones. Nodes whose values depend on the iteration before, or that
+teach the ShapeEnv something (a bound, an assertion), are run as always.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 
 import sympy
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import get_fake_value, set_example_value
-from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+from .watch import Lessons
 
 _SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Resizer:
-    """What is to be run, and what can be taken over, by node of iteration 2."""
+    """How iteration 2's example values are to be used."""
 
-    run: set[fx.Node]
-    outside: dict[int, object]  # example values made before iteration 1, by id: shared, not copied
+    run: set[fx.Node]  # these nodes are run
+    outside: dict[int, object]  # example values made before iteration 1, by id: the same object again
+    given: list[tuple[fx.Node, sympy.Symbol]]  # what the iterator yielded to iteration 2, and a size that came with it
+    lessons: Lessons
 
     @staticmethod
-    def of(first: list[fx.Node], second: list[fx.Node], teaching: set[fx.Node]) -> Resizer:
-        inside = {id(leaf) for node in (*first, *second) for leaf in _leaves(node.meta.get("example_value"))}
-        earlier = {id(leaf) for node in first for leaf in _leaves(node.meta.get("example_value"))}
+    def of(
+        first: list[fx.Node],
+        second: list[fx.Node],
+        yielded: list[list[fx.Node]],
+        lessons: Lessons,
+    ) -> Resizer:
+        """`yielded`: the nodes that the iterator gave to the iterations 0, 1 and 2."""
         outside: dict[int, object] = {}
         for node in second[0].graph.nodes if second else ():
             if node is first[0]:
                 break
-            for leaf in _leaves(node.meta.get("example_value")):
-                outside[id(leaf)] = leaf
-        loose = {symbol for node in first for symbol in node.meta.get("unbacked_bindings", ())}
-        run = {
-            node
-            for node in second
-            if node in teaching
-            or "unbacked_bindings" in node.meta
-            or any(
-                isinstance(leaf, _SYMBOLIC) or (id(leaf) in earlier and id(leaf) not in outside) or free_symbols(leaf) & loose
-                for leaf in _leaves(node.meta.get("example_value"))
-            )
-        }
-        return Resizer(run, {key: leaf for key, leaf in outside.items() if key in inside or key in earlier})
+            outside.update((id(leaf), leaf) for leaf in _leaves(node))
+        earlier = {id(leaf) for node in first for leaf in _leaves(node)} - outside.keys()
+        given = [(node, size) for node in yielded[-1] for size in _sizes(node) if size.is_Symbol]
+        foreign = {symbol for node in first for symbol in node.meta.get("unbacked_bindings", ())}
+        foreign |= {symbol for node in itertools.chain(*yielded) for size in _sizes(node) for symbol in size.free_symbols}
+        foreign -= {symbol for _, symbol in given}
 
-    def start(self, tx: InstructionTranslatorBase) -> Pressing:
-        return Pressing(self, tx)
+        def must_run(node: fx.Node) -> bool:
+            own = node.meta.get("unbacked_bindings", {}).keys()
+            if node in lessons.others or lessons.bounds.get(node, set()) - own:
+                return True
+            if any(expr.free_symbols & foreign for expr, _ in lessons.asserts.get(node, ())):
+                return True
+            return any(id(leaf) in earlier or free_symbols(leaf) & foreign for leaf in _leaves(node))
+
+        inside = {id(leaf) for node in second for leaf in _leaves(node)}
+        run = {node for node in second if must_run(node)}
+        return Resizer(run, {key: leaf for key, leaf in outside.items() if key in inside}, given, lessons)
+
+    def start(self, tx: InstructionTranslatorBase, exchange: Callable[[fx.Node], fx.Node]) -> Pressing:
+        """Begin an iteration; `exchange` tells what it was given instead of a node that iteration 2 was given."""
+        pressing = Pressing(self, tx)
+        for node, symbol in self.given:
+            place = _sizes(node).index(symbol)
+            pressing.symbols[symbol] = _sizes(exchange(node))[place]
+        return pressing
 
 
 class Pressing:
@@ -59,7 +79,8 @@ class Pressing:
 
     def __init__(self, resizer: Resizer, tx: InstructionTranslatorBase) -> None:
         self.resizer, self.tx = resizer, tx
-        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.env: ShapeEnv = tx.output.shape_env
+        self.symbols: dict[sympy.Symbol, sympy.Expr] = {}
         self.done: dict[int, object] = {}  # example value of iteration 2, by id -> the one of this iteration
 
     def set_value(self, model: fx.Node, node: fx.Node) -> None:
@@ -70,10 +91,22 @@ class Pressing:
             by_path = {path: symbol for symbol, path in node.meta.get("unbacked_bindings", {}).items()}
             for symbol, path in model.meta.get("unbacked_bindings", {}).items():
                 self.symbols[symbol] = by_path[path]
-            for old, leaf in zip(_leaves(value), _leaves(new), strict=True):
+            for old, leaf in zip(_leaves(model), _leaves(node)):
                 self.done[id(old)] = leaf
-        else:
-            node.meta["example_value"] = self.converted(value)
+            return
+        for symbol in model.meta.get("unbacked_bindings", ()):
+            self.symbols[symbol] = self.like(symbol)
+        set_example_value(node, self.converted(value))
+        for expr, message in self.resizer.lessons.asserts.get(model, ()):
+            self.env.guard_or_defer_runtime_assert(expr.xreplace(self.symbols), message)
+
+    def like(self, symbol: sympy.Symbol) -> sympy.Symbol:
+        """A new size that only the data know, with what is known about `symbol`."""
+        new = self.env.create_unbacked_symint().node.expr
+        self.env.var_to_range[new] = self.env.var_to_range[symbol]
+        if symbol in self.env.size_like:
+            self.env.size_like.add(new)
+        return new
 
     def converted(self, value: object) -> object:
         if id(value) in self.done:
@@ -83,32 +116,52 @@ class Pressing:
             if new is None:
                 new = self.done[id(value)] = self.resized(value)
             return new
+        if isinstance(value, _SYMBOLIC):
+            return self.exchanged(value)
         if isinstance(value, torch.Size):
-            return torch.Size(map(self.size, value))
+            return torch.Size(map(self.exchanged, value))
         if isinstance(value, (tuple, list)):
             items = [self.converted(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
     def resized(self, value: torch.Tensor) -> torch.Tensor:
+        size, stride = tuple(map(self.exchanged, value.shape)), tuple(map(self.exchanged, value.stride()))
+        offset = self.exchanged(value.storage_offset())
         with self.tx.fake_mode:
-            new = torch.empty_strided(
-                [self.size(n) for n in value.shape],
-                [self.size(n) for n in value.stride()],
-                dtype=value.dtype,
-                device=value.device,
-            )
+            new = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+            if isinstance(offset, torch.SymInt) or offset:
+                new = new.as_strided(size, stride, offset)
         return new.requires_grad_() if value.requires_grad else new
 
-    def size(self, number: int | torch.SymInt) -> int | torch.SymInt:
-        if not isinstance(number, torch.SymInt):
+    def exchanged(self, number: int | torch.SymInt | torch.SymBool) -> int | torch.SymInt | torch.SymBool:
+        if not isinstance(number, _SYMBOLIC):
             return number
-        expr = number.node.expr
-        new = expr.xreplace(self.symbols)
-        return number if new == expr else number.node.shape_env.create_symintnode(new, hint=None)
+        expr = number.node.expr.xreplace(self.symbols)
+        if expr == number.node.expr:
+            return number
+        return type(number)(SymNode(expr, self.env, number.node.pytype, None))
 
 
-def _leaves(value: object) -> list[object]:
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return [value] if isinstance(value, (torch.Tensor, *_SYMBOLIC)) else []
+def _leaves(node: fx.Node) -> list[object]:
+    """The tensors and symbolic numbers in the example value of a node."""
+    found: list[object] = []
+
+    def visit(value: object) -> None:
+        if isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, (torch.Tensor, *_SYMBOLIC)):
+            found.append(value)
+
+    visit(node.meta.get("example_value"))
+    return found
+
+
+def _sizes(node: fx.Node) -> list[sympy.Expr]:
+    """The sizes that the data decide in the example value of a node, or the number itself."""
+    numbers: list[object] = []
+    for leaf in _leaves(node):
+        numbers += [*leaf.shape, *leaf.stride(), leaf.storage_offset()] if isinstance(leaf, torch.Tensor) else [leaf]
+    exprs = [number.node.expr for number in numbers if isinstance(number, _SYMBOLIC)]
+    return [expr for expr in exprs if any(symbol_is_type(s, SymT.UNBACKED_INT) for s in expr.free_symbols)]

@@ -221,7 +221,12 @@ class Lesson:
         if any(map(twins.mentions_others, about)):
             raise NoStamp("a guard compares two objects")
         lesson.stamp = stamp.read(
-            first, second, (items[1], items[2]), names, about, Resizer.of(first, second, watched.teaching)
+            first,
+            second,
+            (items[1], items[2]),
+            names,
+            about,
+            Resizer.of(first, second, [list(item.nodes.values()) for item in items], watched.lessons),
         )
         lesson.known = {old: id(twins.resolve(tx, old)) in watched.known_objects for old in names}
         lesson._learn_variables(tx, before, between, after, first, second)

@@ -53,6 +53,7 @@ class Stamp:
     nodes: list[fx.Node]  # of iteration 2
     operands: list[tuple[object, object]]  # their args and kwargs, with Refs in them
     named: list[fx.Node]  # placeholders behind _NAMED operands, in the order they were lifted
+    yielded: dict[fx.Node, Path]  # what the iterator gave to iteration 2
     guards: list[Guard]  # of iteration 2, about its objects
     resizer: Resizer
 
@@ -78,7 +79,7 @@ class Stamp:
         def fill(leaf: object) -> object:
             return look_up[leaf.kind](leaf.which) if isinstance(leaf, Ref) else leaf
 
-        values = self.resizer.start(tx)
+        values = self.resizer.start(tx, lambda node: item.nodes[self.yielded[node]])
         for model, (args, kwargs) in zip(self.nodes, self.operands):
             node = tx.output.graph.create_node(model.op, model.target, map_leaves(args, fill), map_leaves(kwargs, fill))
             node.meta.update((k, v) for k, v in model.meta.items() if k not in ("example_value", "unbacked_bindings"))
@@ -142,7 +143,7 @@ def read(
             raise NoStamp(f"{a.target} became {b.target}")
         operands.append((zip_leaves(a.args, b.args, varying), zip_leaves(a.kwargs, b.kwargs, varying)))
     order = {placeholder: i for i, placeholder in enumerate(second[0].graph.find_nodes(op="placeholder"))} if named else {}
-    return Stamp(second, operands, sorted(named, key=order.__getitem__), guards, resizer)
+    return Stamp(second, operands, sorted(named, key=order.__getitem__), yielded, guards, resizer)
 
 
 def source_of(placeholder: fx.Node) -> Source:

@@ -7,15 +7,40 @@ what the iteration teaches the ShapeEnv: the nodes that do are remembered.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import sympy
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables import ListVariable, VariableTracker
 
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 from .indices import Uses
 
 _WRITES = ("mutation", "store_attr", "store_instance_dict_attr", "store_cell", "store_global", "register_hook")
+
+
+# The ways into ShapeEnv's knowledge: a range, an equality, an assertion to be made at run time.
+_LESSONS = ("_update_var_to_range", "_set_replacement", "guard_or_defer_runtime_assert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """What nodes taught the ShapeEnv."""
+
+    bounds: dict[fx.Node, set[sympy.Symbol]] = dataclasses.field(default_factory=dict)
+    asserts: dict[fx.Node, list[tuple[sympy.Expr, str]]] = dataclasses.field(default_factory=dict)
+    others: set[fx.Node] = dataclasses.field(default_factory=set)
+
+    def learn(self, name: str, node: fx.Node, args: tuple[object, ...]) -> None:
+        if name == "_update_var_to_range":
+            self.bounds.setdefault(node, set()).add(args[0])
+        elif name == "guard_or_defer_runtime_assert":
+            self.asserts.setdefault(node, []).append((args[0], args[1]))
+        else:
+            self.others.add(node)
 
 
 class AppendedList(ListVariable):
@@ -56,7 +81,7 @@ def items_of(value: VariableTracker) -> list[VariableTracker] | None:
 class Watch:
     def __init__(self, tx: InstructionTranslatorBase, uses: Uses, depth: int) -> None:
         self.uses = uses
-        self.teaching: set[fx.Node] = set()
+        self.lessons = Lessons()
         effects = tx.output.side_effects
         self.known_objects = set(effects.id_to_variable)
         self._undo: list[Callable[[], None]] = []
@@ -67,7 +92,9 @@ class Watch:
         for name in _WRITES:
             if hasattr(effects, name):
                 self._replace(effects, name, self._reporting(getattr(effects, name), name, before))
-        self._replace(tx.output.shape_env, "guard_or_defer_runtime_assert", self._remembering(tx))
+        for name in _LESSONS:
+            if hasattr(tx.output.shape_env, name):
+                self._replace(tx.output.shape_env, name, self._remembering(tx, name))
         for value in tx.symbolic_locals.values():
             if type(value) is ListVariable and value.source is None:
                 self._watch_list(value)
@@ -85,12 +112,17 @@ class Watch:
 
         return write
 
-    def _remembering(self, tx: InstructionTranslatorBase) -> Callable[..., object]:
-        original = tx.output.shape_env.guard_or_defer_runtime_assert
+    def _remembering(self, tx: InstructionTranslatorBase, name: str) -> Callable[..., object]:
+        env, graph = tx.output.shape_env, tx.output.graph
+        original = getattr(env, name)
 
         def teach(*args: object, **kwargs: object) -> object:
-            self.teaching.add(tx.output.graph._root.prev)
-            return original(*args, **kwargs)
+            before = _knowledge(env, args[0])
+            try:
+                return original(*args, **kwargs)
+            finally:
+                if _knowledge(env, args[0]) != before:
+                    self.lessons.learn(name, graph._root.prev, args)
 
         return teach
 
@@ -110,6 +142,11 @@ class Watch:
             value.__dict__["items"] = value.__dict__.pop("_watched")[0]
 
         self._undo.append(undo)
+
+
+def _knowledge(env: ShapeEnv, symbol: object) -> tuple[object, ...]:
+    asserts = sum(map(len, env.deferred_runtime_asserts.values()))
+    return env.var_to_range.get(symbol), len(env.replacements), env.replacements.get(symbol), asserts
 
 
 def _reachable(tx: InstructionTranslatorBase) -> dict[int, object]:

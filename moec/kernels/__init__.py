@@ -18,8 +18,14 @@ from moec.ops import implement
 
 from . import cpu, cuda, eager, gathered, grouped_mm
 
-# The strategies of moec.schedule, by name. `gathered` has no grouped_outer: it refuses problems that need weight gradients.
-PRODUCTS: dict[str, ModuleType] = {"reference": eager, "loop": cpu, "grouped_mm": grouped_mm, "gathered": gathered}
+# The strategies of moec.schedule, by name. Only those that take problems with weight gradients need a grouped_outer.
+PRODUCTS: dict[str, ModuleType] = {
+    "reference": eager,
+    "loop": cpu,
+    "native_loop": grouped_mm,
+    "grouped_mm": grouped_mm,
+    "gathered": gathered,
+}
 
 
 def grouped_linear(
@@ -31,7 +37,9 @@ def grouped_linear(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The product by the strategy that `moec.schedule` chooses for it; see `moec.ops.reference.grouped_linear`."""
-    w = weights[0]
+    w, compute_dtype = weights[0], dtype or x.dtype
+    # On CPU a stack that must be cast is no stack: the loop casts the experts that have rows, one at a time.
+    stacked = w.dim() == 3 and (w.dtype == compute_dtype or not x.is_cpu)
     in_features, out_features = x.shape[1], w.shape[-1 if transposed else -2]
     strategy = schedule.choose(
         Problem(
@@ -40,10 +48,10 @@ def grouped_linear(
             num_experts=offsets.shape[0],
             d_model=in_features,
             d_expert=out_features,
-            dtype=dtype or x.dtype,
+            dtype=compute_dtype,
             device=x.device.type,
             training=False,
-            stacked=w.dim() == 3,
+            stacked=stacked,
             bias=bool(biases),
         )
     )

@@ -23,9 +23,8 @@ def grouped_linear(
 ) -> Tensor:
     x, (stack,) = cast(x, dtype), weights
     rows = torch.arange(x.shape[0], device=x.device)
-    expert = torch.searchsorted(offsets, rows, right=True).clamp(
-        max=offsets.shape[0] - 1
-    )  # the tail: any expert will do
+    # In the tail any expert will do.
+    expert = torch.searchsorted(offsets, rows, right=True).clamp(max=offsets.shape[0] - 1)
     weight = cast(stack[expert], dtype)
     weight, column = weight.mT if transposed else weight, x.unsqueeze(-1)
     if not biases:

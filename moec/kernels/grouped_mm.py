@@ -1,7 +1,7 @@
-"""The grouped GEMM of torch, for stacked bf16 weights on CUDA; where it is legal is said by `moec.schedule`.
+"""`F.grouped_mm` on stacked weights: one kernel on CUDA, a loop in C++ on CPU; where it is legal is said by `moec.schedule`.
 
-`F.grouped_mm` leaves rows past the last offset uninitialized, so they are zeroed here, and takes no bias, so that its rows are
-added to the rounded product: with a bias, a 16-bit result is rounded twice where `F.linear` rounds once.
+It leaves rows past the last offset uninitialized, so they are zeroed here, and takes no bias, so that its rows are added to the
+rounded product: with a bias, a 16-bit result is rounded twice where `F.linear` rounds once. (On CPU the schedule refuses that.)
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def grouped_linear(
     if biases:
         bias = biases[0] if len(biases) == 1 and biases[0].dim() == 2 else torch.stack(list(biases))
         out += expert_rows([cast(bias, dtype)], offsets, x.shape[0])
+    if out.is_cpu:
+        out[int(offsets[-1]) :].zero_()
+        return out
     return zero_tail(out, offsets)
 
 

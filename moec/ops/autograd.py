@@ -6,6 +6,7 @@
 | grouped_linear | x: `grouped_linear` on the weights the other way round; weights: `grouped_outer`; biases: `expert_sums` |
 | expert_rows, expert_sums | each is the adjoint of the other |
 
+Gradients may come out in the dtype of the product: autograd casts each to the dtype of its input.
 An expert without rows gets zeros; a parameter that does not require a gradient gets None. The second derivative of an expert's
 weight is not implemented and raises.
 """
@@ -40,7 +41,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Flat here: x, every weight, every bias. Only what a gradient reads is kept alive.
     needs_x, *needs_parameters = ctx.needs_input_grad[: 1 + len(weights)]
     ctx.save_for_backward(offsets, x if any(needs_parameters) else None, *(weights if needs_x else ()))
-    ctx.stacked, ctx.x_dtype, ctx.weight_dtype = weights[0].dim() == 3, x.dtype, weights[0].dtype
+    ctx.stacked, ctx.weight_dtype = weights[0].dim() == 3, weights[0].dtype
     ctx.biases_stacked, ctx.bias_dtype = (biases[0].dim() == 2, biases[0].dtype) if biases else (False, None)
 
 
@@ -49,7 +50,7 @@ def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, needs_weights, needs_biases = ctx.needs_input_grad[:3]
     grads: list[Any] = [None] * len(ctx.needs_input_grad)
     if needs_x:
-        grads[0] = moec.grouped_linear(grad, weights, [], offsets, not ctx.transposed, ctx.dtype).to(ctx.x_dtype)
+        grads[0] = moec.grouped_linear(grad, weights, [], offsets, not ctx.transposed, ctx.dtype)
     grads[1], grads[2] = [None] * len(needs_weights), [None] * len(needs_biases)
     if any(needs_weights):
         x = x.to(grad.dtype)

@@ -14,13 +14,14 @@ from functools import lru_cache
 
 from moec.ir import Problem
 
-from .strategies import STRATEGIES, Gathered, GroupedMM, Loop, Reference, Strategy
+from .strategies import STRATEGIES, Gathered, GroupedMM, Loop, NativeLoop, Reference, Strategy
 
 __all__ = [
     "STRATEGIES",
     "Gathered",
     "GroupedMM",
     "Loop",
+    "NativeLoop",
     "Reference",
     "Strategy",
     "choose",

@@ -29,8 +29,8 @@ class Machine:
 
 
 # Read off `F.linear` per expert on two cores of an EPYC 9004 (bf16 0.4, fp32 0.13 TFLOP/s, weights streamed at 13-16 GB/s; a
-# torch call from Python 3 us). Other machines differ by a factor; no choice on CPU hangs on it.
-CPU = Machine(bandwidth=15e9, flops={1: 0.4e12, 2: 0.4e12, 4: 0.13e12, 8: 0.06e12}, launch=3e-6, sync=0.0)
+# product called from Python 4 us). Other machines differ by a factor; on CPU the choice hangs on the 4 us alone.
+CPU = Machine(bandwidth=15e9, flops={1: 0.4e12, 2: 0.4e12, 4: 0.13e12, 8: 0.06e12}, launch=4e-6, sync=0.0)
 
 # H100/H200 class: data sheets, derated to what is seen (bf16 8192^3 0.77-0.80 PFLOP/s, copy 4.3 TB/s on an H200). Not measured
 # by this project.

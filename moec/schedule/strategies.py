@@ -58,6 +58,35 @@ class Loop(Strategy):
 
 
 @dataclass(frozen=True)
+class NativeLoop(Strategy):
+    """The loop of `F.grouped_mm` on CPU. `call`: seconds for each expert, rows or not; one of `Loop` takes `CPU.launch`."""
+
+    name: str = "native_loop"
+    call: float = 0.8e-6
+
+    def refuses(self, problem: Problem) -> str | None:
+        if not problem.device.startswith("cpu"):
+            return f"is a loop on the host, not on {problem.device}"
+        if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"takes float32, float16 and bfloat16, not {problem.dtype}"
+        if not problem.stacked:
+            return "takes stacked weights"
+        if problem.bias:
+            return "would round before it adds the bias"
+        if problem.training:
+            return "has no kernel for weight gradients"
+        return _misaligned(problem)
+
+    def cost(self, problem: Problem) -> float:
+        m = machine(problem)
+        return Loop().cost(problem) + problem.num_experts * self.call - (hit_experts(problem) - 3) * m.launch
+
+    @property
+    def describe(self) -> str:
+        return "the loop over experts that torch has in C++"
+
+
+@dataclass(frozen=True)
 class GroupedMM(Strategy):
     """`min_capability`: what torch's kernel wants. `tile`: rows it computes at a time. `weight_bandwidth`: B/s at which it reads
     weights; 0.9e12 was seen on an H200 (pytorch#156203), 0.6e12 puts the change from gathered where transformers saw it, between
@@ -70,13 +99,13 @@ class GroupedMM(Strategy):
 
     def refuses(self, problem: Problem) -> str | None:
         if not problem.device.startswith("cuda"):
-            return f"on {problem.device} it is a loop too, without a bias"
+            return f"is a kernel for CUDA, not for {problem.device}"
         if problem.dtype != torch.bfloat16:
             return f"takes bfloat16, not {problem.dtype}"
         if not problem.stacked:
             return "takes stacked weights; stacking separate ones would move them all in every step"
-        if problem.d_model % 8 or problem.d_expert % 8:
-            return f"wants strides of a multiple of 16 bytes, not rows of {problem.d_model} and {problem.d_expert} elements"
+        if misaligned := _misaligned(problem):
+            return misaligned
         if (capability := _capability(problem.device)) < self.min_capability:
             return f"wants compute capability {self.min_capability}, not {capability}"
         return None
@@ -139,7 +168,13 @@ class Reference(Strategy):
         return "the definition: F.linear for each expert"
 
 
-STRATEGIES: tuple[Strategy, ...] = (Loop(), GroupedMM(), Gathered(), Reference())
+STRATEGIES: tuple[Strategy, ...] = (Loop(), NativeLoop(), GroupedMM(), Gathered(), Reference())
+
+
+def _misaligned(problem: Problem) -> str | None:
+    if problem.d_model * element_size(problem) % 16 or problem.d_expert * element_size(problem) % 16:
+        return f"wants strides of a multiple of 16 bytes, not rows of {problem.d_model} and {problem.d_expert} elements"
+    return None
 
 
 @lru_cache(maxsize=16)
