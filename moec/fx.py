@@ -99,8 +99,10 @@ def live_nodes(
     """
     live: set[fx.Node] = set()
     work = list(roots)
+    writers = {w for group in buffers.writes.values() for w in group}
     for node in graph.nodes:
-        if node.op in ("output", "placeholder", "get_attr") or (_has_effect(node) and not ignore(node)):
+        effect = _has_effect(node) and node not in writers and not ignore(node)
+        if node.op in ("output", "placeholder", "get_attr") or effect:
             work.append(node)
     while work:
         node = work.pop()
@@ -130,7 +132,7 @@ def _has_effect(node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", "") or ""
     if module.startswith("moec.capture"):
         return True
-    return node.is_impure() and name != "setitem"
+    return node.is_impure()
 
 
 def ancestors(node: fx.Node, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()) -> set[fx.Node]:

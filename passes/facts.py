@@ -112,6 +112,11 @@ def mask_of(term: Arg) -> Mask | None:
         return Mask(root, args[0], (*range(len(sizes)), "E"), None, args[1], one_hot=True)  # type: ignore[arg-type]
     if op in ("scatter", "scatter_add"):
         return _mask_from_scatter(term)
+    if op == "item_of" and isinstance(args[0], Term) and args[0].op == "split" and args[0].args[1] == 1:
+        whole, dim = mask_of(args[0].args[0]), args[0].args[2]
+        if whole is None or not isinstance(dim, int) or whole.axes[dim] != "E":
+            return None
+        return replace(whole, axes=(*whole.axes[:dim], "1", *whole.axes[dim + 1 :]), expert=args[1])
     inner = mask_of(args[0]) if args else None
     if inner is None:
         return None
@@ -249,9 +254,13 @@ def coordinate_of(term: Arg) -> Coordinate | None:
             found = _nonzero(term.args[0].args[0], term.args[1])
     elif term.op == "select" and term.args[1] == 1 and isinstance(term.args[2], int):
         found = _nonzero(term.args[0], term.args[2])
-    elif term.op == "reshape" and isinstance(term.args[0], Term) and term.args[0].op in ("nonzero", "slice"):
+    elif term.op == "reshape" and isinstance(term.args[0], Term) and term.args[0].op in ("nonzero", "slice", "item_of"):
         inner = term.args[0]
-        if inner.op == "slice" and inner.args[1] == 1 and isinstance(inner.args[2], int) and inner.args[3] == inner.args[2] + 1:
+        if inner.op == "item_of" and isinstance(inner.args[0], Term) and isinstance(inner.args[1], int):
+            cut = inner.args[0]  # where(mask), as it is decomposed
+            if cut.op == "split" and cut.args[1:] == (1, 1):
+                found = _nonzero(cut.args[0], inner.args[1])
+        elif inner.op == "slice" and inner.args[1] == 1 and isinstance(inner.args[2], int) and inner.args[3] == inner.args[2] + 1:
             found = _nonzero(inner.args[0], inner.args[2])
         elif inner.op == "nonzero" and (mask := mask_of(inner.args[0])) and len(mask.axes) == 1:
             found = mask, 0

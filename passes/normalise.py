@@ -84,7 +84,7 @@ INPLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "d
 FOREIGN = {"transformers::grouped_mm_fallback": "grouped_mm"}
 CASTS = {"to", "type", "float", "double", "half", "bfloat16", "long", "int", "bool", "type_as", "_to_copy", "convert_element_type", "char", "short"}  # fmt: skip
 IDENTITIES = {"contiguous", "clone", "alias", "lift_fresh_copy", "__copy__"}
-FRESH = {"empty", "empty_strided", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "randint", "randperm", "multinomial", "exponential", "rrelu"}  # fmt: skip
+FRESH = {"empty", "empty_permuted", "empty_strided", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "randint", "randperm", "multinomial", "exponential", "rrelu"}  # fmt: skip
 VIEWS = {
     "reshape", "transpose", "permute", "t", "T", "mT", "unsqueeze", "squeeze", "expand", "expand_as", "select", "narrow", "slice",
     "chunk", "split", "unbind", "getitem", "item_of", "detach", "alias", "contiguous", "movedim", "diagonal", "as_strided", "data", "real", "tensor_split", "view", *CASTS,
@@ -254,6 +254,13 @@ class Values:
             return self._permute(x, dims, val)
         if name == "where" and len(args) == 1 and not kwargs:
             return make("nonzero_tuple", (x,), (), None)
+        if name == "scalar_tensor" and isinstance(x, (int, float)):
+            return make("scalar_tensor", (x,), (), val)
+        if name == "where" and len(args) == 3:  # where(mask, c, x) is how masked_fill is decomposed
+            mask, filled, kept = args
+            if isinstance(filled, Term) and filled.op == "scalar_tensor" and isinstance(kept, Term) and is_tensor(kept.val):
+                if is_tensor(val) and kept.val.dtype == val.dtype and _same_shape(kept.val.shape, val.shape):
+                    return make("masked_fill", (kept, mask, filled.args[0]), (), val)
         if name == "nonzero":
             x, as_tuple = self._bind(name, args, kwargs)
             return make("nonzero_tuple" if as_tuple else "nonzero", (x,), (), None if as_tuple else val)
@@ -268,8 +275,8 @@ class Values:
             if bound is not None:
                 return make("sym_size", (x, _positive(bound, x)), (), val)
         if name in ("index", "index_select"):
-            if name == "index":
-                return self._index(x, args[1], val)
+            if name == "index":  # ATen's: None is a whole dim there, not a new axis
+                return self._index(x, tuple(slice(None) if i is None else i for i in args[1]), val)
             x, dim, index = self._bind(name, args, kwargs)
             return self._index(x, (*(slice(None),) * _positive(dim, x), index), val)
         if name in ("floor_divide", "div"):
@@ -335,6 +342,11 @@ class Values:
             position = {"chunk": 2, "split": 2, "topk": 2}.get(name, 1)
             of = args[0][0] if name == "cat" and isinstance(args[0], tuple) and args[0] else x
             args = (*args[:position], _positive(args[position], of), *args[position + 1 :])
+        if name == "index_put" and isinstance(args[1], tuple):
+            kept = tuple("whole" if i is None else i for i in args[1])
+            while kept and kept[-1] == "whole":
+                kept = kept[:-1]
+            args = (x, kept, *args[2:])
         if name == "scatter" and isinstance(args[3], Term) and args[3].op == "ones":
             args = (*args[:3], 1)
         if name in ("sum", "any", "mean", "amax") and isinstance(args[1], (int, tuple)):
@@ -440,6 +452,14 @@ class Values:
         )
         while kept and kept[-1] == "whole":
             kept = kept[:-1]
+        if len(kept) > 1 and kept[0] == "whole" and isinstance(x, Term) and is_tensor(x.val) and x.val.shape[0] == 1 and is_tensor(val):
+            below = self._reshape(x, Meta(tuple(x.val.shape[1:]), x.val.dtype, x.val.device))  # a unit dim in front, left alone
+            return self._reshape(self._index(below, kept_as_index(kept[1:]), Meta(tuple(val.shape[1:]), val.dtype, val.device)), val)
+        inner = _without_unit_tail(x)
+        if inner is not None and len(kept) <= inner.val.ndim and is_tensor(val) and not any(i is None for i in index):
+            tail = x.val.ndim - inner.val.ndim  # type: ignore[union-attr]
+            below = Meta(tuple(val.shape[: len(val.shape) - tail]), val.dtype, val.device)
+            return self._reshape(self._index(inner, kept_as_index(kept), below), val)
         inner_val = _without_new_axes(val, index) if any(i is None for i in index) else val
         inner = self.make("index", (x, kept), (), inner_val)
         if any(i is None for i in index):
@@ -559,6 +579,22 @@ def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
     text = "".join(kinds)
     first, last = text.find("a"), text.rfind("a")
     return first >= 0 and "s" not in text[first:last] and "n" not in text[first:last]
+
+
+def _without_unit_tail(x: Arg) -> Term | None:
+    """The tensor before unit dims were appended to it, None when there are none."""
+    if not (isinstance(x, Term) and x.op == "reshape" and isinstance(x.args[0], Term)):
+        return None
+    inner = x.args[0]
+    if not (is_tensor(x.val) and is_tensor(inner.val)) or inner.val.ndim >= x.val.ndim:
+        return None
+    n = inner.val.ndim
+    return inner if _same_shape(x.val.shape[:n], inner.val.shape) and all(s == 1 for s in map(_size, x.val.shape[n:])) else None
+
+
+def kept_as_index(kept: tuple[Arg, ...]) -> tuple[Arg, ...]:
+    """Canonical entries as an index again."""
+    return tuple(slice(None) if k == "whole" and isinstance(k, str) else k for k in kept)
 
 
 def _without_new_axes(val: object, index: tuple[Arg, ...]) -> object:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 
-from . import branches, frames, hits, histogram, loops, markers
+from . import branches, frames, hits, histogram, loops, markers, watch
 from .frames import forget_denied, is_ours, retrace_without
 from .loops import stamping
 
@@ -25,7 +25,7 @@ __all__ = ["backend_ctx_ctor", "forget_denied", "install", "is_ours", "markers",
 
 def install() -> None:
     """Put the seams into Dynamo; once is enough, and more do no harm. Must run before the first frame is traced."""
-    for seam in (frames, branches, hits, histogram, loops):
+    for seam in (frames, branches, hits, histogram, watch, loops):
         seam.install()
 
 

@@ -407,8 +407,9 @@ def _variable(tx: InstructionTranslatorBase, model: VariableTracker, node: fx.No
         return SymNodeVariable.create(tx, proxy, node.meta.pop("example_value"))
     value = node.meta["example_value"]
     if value.requires_grad and value.is_leaf:
-        with tx.fake_mode:
-            node.meta["example_value"] = value.clone()  # code after the loop may write into it, which a leaf forbids
+        with tx.fake_mode:  # code after the loop may write into it, which a leaf forbids
+            copied = value.clone().as_strided(value.shape, value.stride(), value.storage_offset())
+        node.meta["example_value"] = copied
     variable = model.clone(proxy=proxy, mutation_type=None)
     tx.output.side_effects._track_obj(proxy, variable, mutation_type_cls=AttributeMutationNew)
     return variable

@@ -1,8 +1,8 @@
 """Watching one iteration of a loop for everything but graph nodes that it leaves behind.
 
 Dynamo reports writes to its `SideEffects`; while a `Watch` is open, a write to anything that existed before the iteration is an
-escape, except for appending to a list that is a local variable, as long as that list is not read as well. The same for
-what the iteration teaches the ShapeEnv: the nodes that do are remembered.
+escape, except for appending to a list that is a local variable, as long as that list is not read as well. Comparing two objects by identity is an escape
+too. What the iteration teaches the ShapeEnv is remembered by node.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 import sympy
 from torch import fx
+from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
-from torch._dynamo.variables import ListVariable, VariableTracker
+from torch._dynamo.variables import ConstantVariable, ListVariable, VariableTracker
 
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .indices import Uses
+from .indices import COMPARISONS, Index, Uses
+from .seams import wrap_opcode
 
 _WRITES = ("mutation", "store_attr", "store_instance_dict_attr", "store_cell", "store_global", "register_hook")
 
@@ -78,6 +80,43 @@ def items_of(value: VariableTracker) -> list[VariableTracker] | None:
     return value.items if type(value) is ListVariable else None
 
 
+def install() -> None:
+    wrap_opcode(InstructionTranslatorBase, "COMPARE_OP", _note_comparison)
+    for name in ("IS_OP", "CONTAINS_OP"):
+        wrap_opcode(InstructionTranslatorBase, name, _note_identity)
+
+
+def _note_comparison(original: Callable[..., None]) -> Callable[..., None]:
+    """A watched number may be compared with a constant; the answer must then be the same for every number."""
+
+    def COMPARE_OP(self: InstructionTranslatorBase, inst: Instruction) -> None:
+        left, right = self.stack[-2:]
+        if inst.argval in COMPARISONS and isinstance(left, Index) and left.uses is not None:
+            bound = right.as_python_constant() if right.is_python_constant() and not isinstance(right, Index) else None
+            if type(bound) is int:
+                answer = COMPARISONS[inst.argval](left._number, bound)
+                left.uses.compared.append((left.path, inst.argval, bound, answer))
+                self.popn(2)
+                return self.push(ConstantVariable.create(answer))
+        return original(self, inst)
+
+    return COMPARE_OP
+
+
+def _note_identity(original: Callable[..., None]) -> Callable[..., None]:
+    """`expert is self.special` is decided while tracing; only comparisons with constants are sure to come out alike."""
+
+    def compare(self: InstructionTranslatorBase, inst: Instruction) -> None:
+        operands = self.stack[-2:]
+        constant = operands[0] if inst.opname == "CONTAINS_OP" else next((x for x in operands if x.is_python_constant()), None)
+        if constant is None or not constant.is_python_constant():
+            for uses in vars(self.output).get("_moec_watches", ()):
+                uses.escape("an object was compared by identity")
+        return original(self, inst)
+
+    return compare
+
+
 class Watch:
     def __init__(self, tx: InstructionTranslatorBase, uses: Uses, depth: int) -> None:
         self.uses = uses
@@ -85,6 +124,8 @@ class Watch:
         effects = tx.output.side_effects
         self.known_objects = set(effects.id_to_variable)
         self._undo: list[Callable[[], None]] = []
+        vars(tx.output).setdefault("_moec_watches", []).append(uses)
+        self._undo.append(lambda: tx.output._moec_watches.remove(uses))
         before = _reachable(tx)
         for value in tx.stack[:depth]:
             if type(value) is ListVariable:
