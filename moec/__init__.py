@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # public name -> the module that defines it. That of `explain` must not be called moec.explain: importing a submodule sets the
 # attribute of that name on the package, and the function would be gone.
 _PUBLIC = {
-    "explain": "moec.report",
+    "explain": "moec.inspect",
     "rewrite": "moec.pipeline",
 }
 _SUBMODULES = ("ops",)

@@ -76,7 +76,9 @@ class Backend:
         except Exception as fault:
             if options.strict:
                 raise
-            log.exception("moec: internal fault; the graph is compiled as it is. Please report this with the traceback: %s", fault)
+            log.exception(
+                "moec: internal fault; the graph is compiled as it is. Please report this with the traceback: %s", fault
+            )
             return Result(gm)
         refused = [s for s in result.sites if s.status == "refused"]
         for site in refused:
@@ -108,7 +110,7 @@ def _unexplained(where: str) -> Site:
     return Site(status="refused", idiom="capture", location=where, reason=f"{reason} ({where})")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fingerprint() -> str:
     """A hash of moec's sources. Torch's caches cannot see a changed autograd formula of a custom op; this does."""
     digest = hashlib.sha256()

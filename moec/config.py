@@ -50,7 +50,9 @@ def split(options: Mapping[str, object] | None) -> tuple[Options, dict[str, obje
         name = key.removeprefix("moec.")
         if name not in known:
             near = difflib.get_close_matches(key, [f"moec.{n}" for n in known], n=1, cutoff=0.0)
-            raise OptionError(f"unknown option {key!r}; the nearest is {near[0]!r}. Valid: {', '.join(f'moec.{n}' for n in known)}")
+            raise OptionError(
+                f"unknown option {key!r}; the nearest is {near[0]!r}. Valid: {', '.join(f'moec.{n}' for n in known)}"
+            )
         ours[name] = value
     if "disable" not in ours and os.environ.get("MOEC_DISABLE"):
         flag = os.environ["MOEC_DISABLE"]

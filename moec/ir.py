@@ -12,7 +12,7 @@ Shape letters: T tokens, K top-k, S = T*K slots, E experts, D model width, F exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -114,6 +114,41 @@ class Apply:
 Expr = Outer | TokenRows | SlotValue | ExpertRows | GroupedLinear | Apply
 
 
+def expressions(expr: object) -> Iterator[Expr]:
+    """All expressions of a body, parents first."""
+    if isinstance(expr, tuple):
+        for e in expr:
+            yield from expressions(e)
+        return
+    if isinstance(expr, Stacked):
+        yield from expressions(expr.value)
+        return
+    if not isinstance(expr, (Apply, ExpertRows, GroupedLinear, Outer, SlotValue, TokenRows)):
+        return
+    yield expr
+    if isinstance(expr, Apply):
+        yield from expressions(expr.args)
+        yield from expressions(tuple(v for _, v in expr.kwargs))
+    elif isinstance(expr, (TokenRows, SlotValue)):
+        yield from expressions(expr.value)
+    elif isinstance(expr, ExpertRows):
+        yield from expressions(expr.theta)
+    elif isinstance(expr, GroupedLinear):
+        yield from expressions((expr.x, expr.weight, *((expr.bias,) if expr.bias else ())))
+
+
+def with_features(rows: Expr, feature: tuple[int, ...]) -> Expr:
+    """The rows with another feature shape; of two reshapes the last one counts."""
+    if isinstance(rows, Apply) and rows.target is reshape_features:
+        rows = rows.args[0]  # type: ignore[assignment]
+    return Apply(reshape_features, (rows, feature))
+
+
+def reshape_features(rows: torch.Tensor, feature: tuple[int, ...]) -> torch.Tensor:
+    """[S, ...] to [S, *feature]. Lowering writes it as a plain reshape."""
+    return rows.reshape(rows.shape[0], *feature)
+
+
 @dataclass(frozen=True)
 class Fact:
     """Something detection proved, in words, with the node and source line it was proven at."""
@@ -151,7 +186,9 @@ class MoERegion:
     clamp_ids: bool  # out-of-range ids read the nearest expert (batched_mm) instead of contributing nothing
     check_ids: bool  # the original raises on ids that are out of range, and so must the rewrite
     out_dtype: torch.dtype
-    out_shape: tuple[int, ...] | None  # for a reshape of [T, ...] to the root's shape, -1 for one symbolic dim; None: as it is
+    out_shape: (
+        tuple[int, ...] | None
+    )  # for a reshape of [T, ...] to the root's shape, -1 for one symbolic dim; None: as it is
     autocast: tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) in force at the site
     facts: tuple[Fact, ...]
     location: str

@@ -20,11 +20,10 @@ from moec import schedule
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
 from moec.fx import extract, value
-from moec.ir import GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site
+from moec.ir import GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
 from moec.passes import facts
-from moec.passes.body import expressions
 from moec.passes.detect import Detection, detect, outer_nodes
-from moec.passes.lower import Lowered, lower
+from moec.passes.lower import Lowered, LoweringFault, lower
 from moec.passes.verify import Mismatch, verify
 
 log = logging.getLogger("moec")
@@ -52,27 +51,51 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, verified: dict[str, str]
 
 def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str]) -> Result:
     skip: set[str] = set()
+    failed: list[Site] = []
     if options.disable is True:
         return Result(gm)
-    while True:
+    while True:  # again from the start, without the regions that turned out wrong
         work = _copy(gm)
         detection = detect(work.graph, options.strict)
         regions = tuple(r for r in detection.regions if not _switched_off(r, options) and r.root.name not in skip)
         if len(regions) < len(detection.regions):
             detection = detect(work.graph, options.strict, keep=frozenset(r.root.name for r in regions))
         sites = [_refused(idiom, r) for idiom, r in detection.refusals]
-        sites += [_refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location)) for r in detection.regions if _switched_off(r, options)]
+        sites += [
+            _refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location))
+            for r in detection.regions
+            if _switched_off(r, options)
+        ]
         befores = [_before(work, detection, r) for r in detection.regions]
         problems = [_problem(r) for r in detection.regions]
-        lowered = lower(work.graph, detection)
+        try:
+            lowered = lower(work.graph, detection)
+        except LoweringFault as fault:
+            if options.strict:
+                raise
+            log.warning(
+                "moec: internal fault while rewriting %s; the site is left alone. Please report it.",
+                fault.region.location,
+                exc_info=True,
+            )
+            failed.append(
+                _refused(
+                    fault.region.idiom,
+                    Refusal(f"internal fault: {fault}", str(fault.region.root), fault.region.location),
+                )
+            )
+            skip.add(fault.region.root.name)
+            continue
         work.graph.lint()
         work.recompile()
         for before, problem, done in zip(befores, problems, lowered):
             sites.append(_rewritten(work, before, problem, done))
         wrong = _verify(detection, sites, options, verified) if options.verify != "off" else []
         if not wrong:
-            return Result(work, sites)
-        skip |= {name for name, _ in wrong}
+            return Result(work, failed + sites)
+        for name, site in wrong:
+            skip.add(name)
+            failed.append(site)
 
 
 def _switched_off(region: MoERegion, options: Options) -> bool:
@@ -183,7 +206,9 @@ def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Probl
     return site
 
 
-def _verify(detection: Detection, sites: list[Site], options: Options, verified: dict[str, str]) -> list[tuple[str, Site]]:
+def _verify(
+    detection: Detection, sites: list[Site], options: Options, verified: dict[str, str]
+) -> list[tuple[str, Site]]:
     """The regions that are wrong; their sites say so. Equal regions are checked once unless everything is asked for."""
     wrong = []
     done = [s for s in sites if s.status == "rewritten"]
@@ -196,7 +221,9 @@ def _verify(detection: Detection, sites: list[Site], options: Options, verified:
             site.verified = verified[key]
             continue
         ids = next(e.node.name for e in expressions(region.topk_ids) if isinstance(e, Outer))
-        root = facts.ids_root(detection.values.of[next(e.node for e in expressions(region.topk_ids) if isinstance(e, Outer))])
+        root = facts.ids_root(
+            detection.values.of[next(e.node for e in expressions(region.topk_ids) if isinstance(e, Outer))]
+        )
         try:
             distinct = root is not None and facts.ids_distinct(root)
             most = 2 if options.verify == "sample" else 6
@@ -210,7 +237,9 @@ def _verify(detection: Detection, sites: list[Site], options: Options, verified:
             log.error("moec: %s (%s)", message, region.location)
             if options.strict:
                 raise StrictError(message)
-            wrong.append((region.root.name, site))
+            wrong.append(
+                (region.root.name, _refused(region.idiom, Refusal(message, str(region.root), region.location)))
+            )
             continue
         site.verified = verified[key] = outcome
     return wrong
@@ -219,7 +248,11 @@ def _verify(detection: Detection, sites: list[Site], options: Options, verified:
 def _structure(site: Site) -> str:
     """A text that two regions share when they are the same computation on the same shapes."""
     assert site.before is not None and site.after is not None
-    shapes = [str(getattr(value(n), "shape", None)) + str(getattr(value(n), "dtype", None)) for n in site.before.graph.nodes if n.op == "placeholder"]
+    shapes = [
+        str(getattr(value(n), "shape", None)) + str(getattr(value(n), "dtype", None))
+        for n in site.before.graph.nodes
+        if n.op == "placeholder"
+    ]
     names = {n: f"%{i}" for gm in (site.before, site.after) for i, n in enumerate(gm.graph.nodes)}
     body = [
         f"{n.op}:{n.target if n.op != 'placeholder' else ''}({torch.fx.node.map_arg(n.args, names.get)},{torch.fx.node.map_arg(n.kwargs, names.get)})"

@@ -1,18 +1,15 @@
-"""What happened to a model, for people: `moec.explain(model, *args)`.
+"""What happened to a model, for people: the report that `moec.explain(model, *args)` returns.
 
-    report = moec.explain(model, input_ids)
-    print(report)              # one line for each MoE layer, reasons for what was refused
-    report.sites[0].before     # the original region as a GraphModule, .after the rewritten one
+report = moec.explain(model, input_ids)
+print(report)              # one line for each MoE layer, reasons for what was refused
+report.sites[0].before     # the original region as a GraphModule, .after the rewritten one
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from moec.ir import Site
@@ -44,35 +41,6 @@ class Report:
         return "\n".join(_lines(self))
 
 
-def explain(model: Callable[..., object], *args: object, **kwargs: object) -> Report:
-    """Runs `model(*args, **kwargs)` once under moec and says what was found and what was done.
-
-    The rewritten graphs run without Inductor, so this takes about as long as tracing. The model keeps its state as after any
-    forward. Options: those of the environment (`MOEC_DISABLE`); verification as by default ("sample").
-    """
-    from moec.backend import Backend  # the backend reports to this module
-
-    kept: list = []
-    compiled = torch.compile(model, backend=Backend({"moec.inner": "eager"}, kept))
-    with _count_breaks() as breaks:
-        compiled(*args, **kwargs)
-    report = Report(graphs=[r.gm for r in kept], sites=[s for r in kept for s in r.sites])
-    report.break_reasons = breaks
-    report.graph_breaks = len(breaks)
-    return report
-
-
-@contextlib.contextmanager
-def _count_breaks() -> Iterator[list[str]]:
-    """The reasons of the graph breaks within, from Dynamo's own counters."""
-    counters = torch._dynamo.utils.counters["graph_break"]
-    before = dict(counters)
-    found: list[str] = []
-    yield found
-    for reason, count in counters.items():
-        found += [reason] * (count - before.get(reason, 0))
-
-
 COLUMNS = ("layer", "status", "idiom", "experts", "top-k", "d_model", "d_expert", "G", "strategy", "where")
 
 
@@ -87,7 +55,18 @@ def _lines(report: Report) -> list[str]:
     rows = [COLUMNS]
     for i, s in enumerate(report.sites):
         granularity = "" if s.granularity is None else f"{s.granularity:g}{'*' if s.granularity_assumed else ''}"
-        cells = (i, s.status, s.idiom, s.num_experts, s.top_k, s.d_model, s.d_expert, granularity, s.strategy, _short(s.location))
+        cells = (
+            i,
+            s.status,
+            s.idiom,
+            s.num_experts,
+            s.top_k,
+            s.d_model,
+            s.d_expert,
+            granularity,
+            s.strategy,
+            _short(s.location),
+        )
         rows.append(tuple("" if c is None else str(c) for c in cells))
     if len(rows) > 1:
         widths = [max(len(r[c]) for r in rows) for c in range(len(COLUMNS))]

@@ -14,11 +14,12 @@ import torch
 from torch import fx
 
 from moec.fx import Ambient, Buffers, ambient_states, ancestors, is_assert, live_nodes, target_name
-from moec.ir import Expr, GroupedLinear, MoERegion, Outer, Refusal, Separate
+from moec.ir import Expr, GroupedLinear, MoERegion, Outer, Refusal, Separate, expressions
 from moec.passes import facts
-from moec.passes.body import Body, Refused, expressions
+from moec.passes.body import Body
 from moec.passes.idioms import IDIOMS, Candidate
 from moec.passes.normalise import Values
+from moec.passes.orders import Refused
 from moec.passes.roll import Roller
 from moec.passes.terms import Arg, Term, dtype, location, shape
 
@@ -68,7 +69,9 @@ def detect(graph: fx.Graph, strict: bool = False, keep: frozenset[str] | None = 
     return Detection(tuple(p.region for p in proven), tuple(refusals), markers, values, dead)
 
 
-def _try(candidate: Candidate, values: Values, states: dict[fx.Node, Ambient], strict: bool) -> _Proven | Refusal | None:
+def _try(
+    candidate: Candidate, values: Values, states: dict[fx.Node, Ambient], strict: bool
+) -> _Proven | Refusal | None:
     body = Body(values, Roller(), candidate.at)
     try:
         found = candidate.prove(body)
@@ -76,6 +79,7 @@ def _try(candidate: Candidate, values: Values, states: dict[fx.Node, Ambient], s
             return None
         if not any(isinstance(e, GroupedLinear) for e in expressions(found.expr)):
             return None
+        body.check_sizes()
         _one_state(body, states, candidate.at)
         return _Proven(_region(candidate, found.idiom, found.expr, body, states), body, candidate.root)
     except Refused as refused:
@@ -83,14 +87,24 @@ def _try(candidate: Candidate, values: Values, states: dict[fx.Node, Ambient], s
     except Exception as fault:  # a fault of ours must not reach the user's run
         if strict:
             raise
-        log.warning("moec: internal fault while looking at %s; the site is left alone. Please report it.", candidate.at, exc_info=True)
+        log.warning(
+            "moec: internal fault while looking at %s; the site is left alone. Please report it.",
+            candidate.at,
+            exc_info=True,
+        )
         return Refusal(f"internal fault: {type(fault).__name__}: {fault}", str(candidate.at), location(candidate.at))
 
 
 def refusal(refused: Refused) -> Refusal:
     """The refusal as data: the node and line of the term where the fact is missing."""
     node = refused.term.node if isinstance(refused.term, Term) else None
-    shown = str(node) if node is not None else refused.term.show(2) if isinstance(refused.term, Term) else repr(refused.term)
+    shown = (
+        str(node)
+        if node is not None
+        else refused.term.show(2)
+        if isinstance(refused.term, Term)
+        else repr(refused.term)
+    )
     return Refusal(refused.missing, shown, location(node))
 
 
@@ -145,10 +159,18 @@ def _out_shape(root: Term, body: Body) -> tuple[int, ...] | None:
 
 def _one_state(body: Body, states: dict[fx.Node, Ambient], at: fx.Node) -> None:
     """What the body computes anew is computed at the end of the region: the state there must be the state it had."""
+    for node, term in body.placed:
+        if states[node] != states[at]:
+            raise Refused("part of the expert runs under another autocast or grad mode than the sum", term)
     for term in body.inner:
         for instance in term.instances or (term,):
             node = instance.node
-            if node is not None and dtype(instance) is not None and instance.val.is_floating_point() and states[node] != states[at]:  # type: ignore[union-attr]
+            if (
+                node is not None
+                and dtype(instance) is not None
+                and instance.val.is_floating_point()
+                and states[node] != states[at]
+            ):  # type: ignore[union-attr]
                 raise Refused("part of the expert runs under another autocast or grad mode than the sum", instance)
 
 
@@ -191,7 +213,9 @@ def _dead(graph: fx.Graph, buffers: Buffers, proven: list[_Proven], markers: fro
     # a check of something that dies dies with it; every other check is kept, with what it needs
     touched: set[fx.Node] = set()
     for node in graph.nodes:
-        if (node in gone and _is_tensor(node)) or any(a in touched and (node, a) not in cut for a in node.all_input_nodes):
+        if (node in gone and _is_tensor(node)) or any(
+            a in touched and (node, a) not in cut for a in node.all_input_nodes
+        ):
             touched.add(node)
     dying = frozenset(n for n in gone if is_assert(n) and n in touched)
     after = live_nodes(graph, buffers, inputs, cut, lambda n: n in markers or n in dying)
@@ -212,7 +236,9 @@ def _escape(values: Values, p: _Proven, dead: frozenset[fx.Node]) -> Refusal | N
             for node in instance.nodes:
                 if node not in dead:
                     user = next((u for u in node.users if u not in dead), node)
-                    return Refusal("a value computed inside an expert is read outside the region", str(user), location(user))
+                    return Refusal(
+                        "a value computed inside an expert is read outside the region", str(user), location(user)
+                    )
     return None
 
 
@@ -242,7 +268,11 @@ def _read_while_written(values: Values, p: _Proven) -> Refusal | None:
                 continue
             if values.position[user] <= done and _feeds_only(user, writers):
                 continue
-            return Refusal("the buffer that the experts add to is read before it is complete, or through another view", str(user), location(user) + (f" reads {read!r}" if read is None else ""))
+            return Refusal(
+                "the buffer that the experts add to is read before it is complete, or through another view",
+                str(user),
+                location(user) + (f" reads {read!r}" if read is None else ""),
+            )
     return None
 
 
@@ -317,14 +347,22 @@ def _says_not_empty(condition: Arg, value: object) -> tuple[Term, Arg] | None:
     return facts.row_count_of(condition) if value is True else None
 
 
-def _unseen_routers(values: Values, proven: list[_Proven], refusals: list[tuple[str, Refusal]]) -> list[tuple[str, Refusal]]:
+def _unseen_routers(
+    values: Values, proven: list[_Proven], refusals: list[tuple[str, Refusal]]
+) -> list[tuple[str, Refusal]]:
     """A topk whose indices choose rows, and no idiom that knows why: said aloud, once, when nothing else was said."""
     if refusals:
         return []
     known = [p.body.ids for p in proven]
     found: list[tuple[str, Refusal]] = []
     for node, term in values.of.items():
-        if not (isinstance(term, Term) and term.op == "item_of" and term.args[1] == 1 and term.node is node and term not in known):
+        if not (
+            isinstance(term, Term)
+            and term.op == "item_of"
+            and term.args[1] == 1
+            and term.node is node
+            and term not in known
+        ):
             continue
         source = term.args[0]
         if not (isinstance(source, Term) and source.op == "topk"):
@@ -332,18 +370,48 @@ def _unseen_routers(values: Values, proven: list[_Proven], refusals: list[tuple[
         if any(k is not None and _depends_on(k, term) for k in known):
             continue
         if any(u.op == "output" for u in node.users):
-            found.append(("unknown", Refusal("expert ids leave the graph: a graph break lies between the router and its experts", str(node), location(node))))
+            found.append(
+                (
+                    "unknown",
+                    Refusal(
+                        "expert ids leave the graph: a graph break lies between the router and its experts",
+                        str(node),
+                        location(node),
+                    ),
+                )
+            )
             continue
         near = _near_users(node)
         users = {target_name(u) for u in near}
-        if any(_reads_weights(u) for u in near) or users & {"one_hot", "eq", "argsort", "sort", "bincount", "histc", "scatter_", "scatter", "nonzero"}:
-            found.append(("unknown", Refusal("expert ids are chosen here, but no idiom explains how the tokens are dispatched", str(node), location(node))))
+        if any(_reads_weights(u) for u in near) or users & {
+            "one_hot",
+            "eq",
+            "argsort",
+            "sort",
+            "bincount",
+            "histc",
+            "scatter_",
+            "scatter",
+            "nonzero",
+        }:
+            found.append(
+                (
+                    "unknown",
+                    Refusal(
+                        "expert ids are chosen here, but no idiom explains how the tokens are dispatched",
+                        str(node),
+                        location(node),
+                    ),
+                )
+            )
     return found
 
 
 def _reads_weights(user: fx.Node) -> bool:
     """Whether a node gathers matrices of a parameter stack by a computed index."""
-    if target_name(user) not in ("getitem", "index", "index_select", "embedding") or not isinstance(user.args[0], fx.Node):
+    if target_name(user) not in ("getitem", "index", "index_select", "embedding") or not isinstance(
+        user.args[0], fx.Node
+    ):
         return False
     source = user.args[0].meta.get("example_value", user.args[0].meta.get("val"))
     return user.args[0].op in ("placeholder", "get_attr") and isinstance(source, torch.Tensor) and source.ndim >= 3

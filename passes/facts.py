@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moec.passes.terms import Arg, Term, dtype, numel, rank, same_size, shape
+from moec.passes.terms import Arg, Term, dtype, rank, same_size, shape
 
+WIDE = (torch.int64, torch.int32)  # hold every expert id; a cast to less could wrap
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -58,7 +59,7 @@ class Histogram:
 def ids_root(term: Arg) -> Term | None:
     """The integer tensor behind reshapes and integer casts; its row-major order numbers the slots."""
     while isinstance(term, Term):
-        if term.op == "reshape" or (term.op == "cast" and _is_integer(term) and _is_integer(term.args[0])):
+        if term.op == "reshape" or (term.op == "cast" and dtype(term) in WIDE and _is_integer(term.args[0])):
             term = term.args[0]
         else:
             return term if _is_integer(term) else None
@@ -76,11 +77,30 @@ def ids_bound(root: Term) -> int | None:
         if source.op == "topk" and (sizes := shape(source.args[0])):
             n = sizes[source.args[2]]
             return n if isinstance(n, int) else None
+    if (
+        root.op == "item_of"
+        and root.args[1] == 1
+        and isinstance(root.args[0], Term)
+        and root.args[0].op in ("max", "min")
+    ):
+        return _size_of_dim(root.args[0])
+    if root.op in ("argmax", "argmin"):
+        return _size_of_dim(root)
     if root.op in ("slice", "select") and isinstance(root.args[0], Term):
         return ids_bound(root.args[0])
     if root.op == "clamp" and root.args[1] == 0 and isinstance(root.args[2], int):
         return root.args[2] + 1
     return None
+
+
+def _size_of_dim(reduction: Term) -> int | None:
+    """The static size of the dim that max(x, dim) or argmax(x, dim) chooses from."""
+    sizes, named = shape(reduction.args[0]), dict(reduction.kwargs)
+    dim = named.get("dim", reduction.args[1] if len(reduction.args) > 1 else None)
+    if sizes is None or not isinstance(dim, int):
+        return None
+    n = sizes[dim]
+    return n if isinstance(n, int) else None
 
 
 def ids_distinct(root: Term) -> bool:
@@ -260,7 +280,12 @@ def coordinate_of(term: Arg) -> Coordinate | None:
             cut = inner.args[0]  # where(mask), as it is decomposed
             if cut.op == "split" and cut.args[1:] == (1, 1):
                 found = _nonzero(cut.args[0], inner.args[1])
-        elif inner.op == "slice" and inner.args[1] == 1 and isinstance(inner.args[2], int) and inner.args[3] == inner.args[2] + 1:
+        elif (
+            inner.op == "slice"
+            and inner.args[1] == 1
+            and isinstance(inner.args[2], int)
+            and inner.args[3] == inner.args[2] + 1
+        ):
             found = _nonzero(inner.args[0], inner.args[2])
         elif inner.op == "nonzero" and (mask := mask_of(inner.args[0])) and len(mask.axes) == 1:
             found = mask, 0
@@ -361,7 +386,13 @@ def token_of_slot(term: Arg) -> int | None:
         if isinstance(inner, Term) and inner.op == "reshape" and sizes and len(sizes) == 2 and rank(term) == 1:
             counted = inner.args[0]
             column = shape(inner)
-            if isinstance(counted, Term) and counted.op == "arange" and column and column[1] == 1 and isinstance(sizes[1], int):
+            if (
+                isinstance(counted, Term)
+                and counted.op == "arange"
+                and column
+                and column[1] == 1
+                and isinstance(sizes[1], int)
+            ):
                 return sizes[1]
     return None
 
@@ -375,7 +406,8 @@ def histogram_of(term: Arg) -> Histogram | None:
         return histogram_of(args[0])
     if op == "histc":
         source = args[0]
-        source = source.args[0] if isinstance(source, Term) and source.op == "cast" else source
+        exact = dtype(source) in (torch.float32, torch.float64, *WIDE)  # 16-bit floats round ids above 256
+        source = source.args[0] if isinstance(source, Term) and source.op == "cast" and exact else source
         bins, low, high = args[1], args[2], args[3]
         if isinstance(bins, int) and low == 0 and high == bins - 1 and (root := _ids_in_any_order(source)):
             return Histogram(root, bins, True)
@@ -386,7 +418,9 @@ def histogram_of(term: Arg) -> Histogram | None:
         return Histogram(root, args[2], False) if root is not None and bound is not None and bound <= args[2] else None
     if op == "scatter_add" and isinstance(args[0], Term) and args[0].op == "zeros" and rank(args[0]) == 1:
         root, out = _ids_in_any_order(args[2]), shape(args[0])
-        ones = isinstance(args[3], Term) and (args[3].op == "ones" or (args[3].op == "expand" and _is_ones(args[3].args[0])))
+        ones = isinstance(args[3], Term) and (
+            args[3].op == "ones" or (args[3].op == "expand" and _is_ones(args[3].args[0]))
+        )
         return Histogram(root, out[0], False) if root is not None and ones and out and isinstance(out[0], int) else None
     mask = mask_of(term)
     if mask is None or mask.axes != ("E",) or mask.num_experts is None:
@@ -447,7 +481,12 @@ def row_count_of(term: Arg) -> tuple[Term, Arg] | None:
             return None
         if (found := coordinate_of(source)) is not None:
             return found.mask.root, found.mask.expert
-        if isinstance(source, Term) and source.op == "nonzero" and (mask := mask_of(source.args[0])) and mask.expert is not None:
+        if (
+            isinstance(source, Term)
+            and source.op == "nonzero"
+            and (mask := mask_of(source.args[0]))
+            and mask.expert is not None
+        ):
             return mask.root, mask.expert
         if isinstance(source, Term) and source.op == "index" and len(source.args[1]) >= 1:
             if (found := coordinate_of(source.args[1][0])) is not None:
@@ -461,8 +500,3 @@ def row_count_of(term: Arg) -> tuple[Term, Arg] | None:
     if mask is not None and mask.axes == () and mask.expert is not None:
         return mask.root, mask.expert
     return None
-
-
-def total(sizes: tuple[int | torch.SymInt, ...]) -> object:
-    """The number of elements as int or expression."""
-    return numel(sizes)

@@ -20,8 +20,20 @@ from torch import fx
 
 from moec import ops as _ops  # noqa: F401  (defines torch.ops.moec)
 from moec.fx import value
-from moec.ir import Apply, ExpertRows, Expr, GroupedLinear, MoERegion, Outer, Separate, SlotValue, Stacked, Theta, TokenRows
-from moec.passes.body import reshape_features
+from moec.ir import (
+    Apply,
+    ExpertRows,
+    Expr,
+    GroupedLinear,
+    MoERegion,
+    Outer,
+    Separate,
+    SlotValue,
+    Stacked,
+    Theta,
+    TokenRows,
+    reshape_features,
+)
 from moec.passes.detect import Detection, is_marker
 
 OPS = torch.ops.moec
@@ -48,12 +60,16 @@ class Emitter:
     _known: dict[int, object] = field(default_factory=dict)
     _gathered: dict[tuple[str, fx.Node], fx.Node] = field(default_factory=dict)
 
-    def call(self, target: Callable[..., object] | str, args: tuple[object, ...], kwargs: dict[str, object] | None = None) -> fx.Node:
-        """One node, with its fake value."""
-        if isinstance(target, str):
-            node = self.graph.call_method(target, args, kwargs or {})
-        else:
-            node = self.graph.call_function(target, args, kwargs or {})
+    def call(
+        self,
+        target: Callable[..., object] | str,
+        args: tuple[object, ...],
+        kwargs: dict[str, object] | None = None,
+        name: str | None = None,
+    ) -> fx.Node:
+        """One node, with its fake value; a string is a method."""
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(kind, target, args, kwargs or {}, name=name)
         trace = self.region.root.meta.get("stack_trace")
         if trace:
             node.meta["stack_trace"] = trace
@@ -72,12 +88,13 @@ class Emitter:
             high = self.call(operator.lt, (ids, region.num_experts))
             inside = self.call(torch.all, (self.call(operator.and_, (low, high)),))
             self.call(torch._assert_async, (inside, "moec: expert ids out of range"))
-        routed = self.call(OPS.route.default, (ids, region.num_experts))
-        self.routing = tuple(self.call(operator.getitem, (routed, i)) for i in range(3))
+        routed = self.call(OPS.route.default, (ids, region.num_experts), name="route")
+        names = ("order", "inverse", "expert_offsets")
+        self.routing = tuple(self.call(operator.getitem, (routed, i), name=n) for i, n in enumerate(names))
         rows = self.expr(region.body)
         if _dtype(rows) != region.out_dtype and _dtype(rows) is not None:
             rows = self.call("to", (rows, region.out_dtype))
-        out = self.call(OPS.combine.default, (rows, *self.routing, region.top_k))
+        out = self.call(OPS.combine.default, (rows, *self.routing, region.top_k), name="routed_sum")
         wanted = region.out_shape
         return out if wanted is None else self.call("reshape", (out, wanted))
 
@@ -97,14 +114,14 @@ class Emitter:
             return self._dispatch("slot", slots, 1)
         if isinstance(expr, ExpertRows):
             rows = self.call(torch.ops.aten.sym_size.int, (self.routing[0], 0))
-            return self.call(OPS.expert_rows.default, (self.theta(expr.theta), self.routing[2], rows))
+            return self.call(
+                OPS.expert_rows.default, (self.theta(expr.theta), self.routing[2], rows), name="expert_rows"
+            )
         if isinstance(expr, GroupedLinear):
             x = self.expr(expr.x)
             biases = self.theta(expr.bias) if expr.bias is not None else []
-            return self.call(
-                OPS.grouped_linear.default,
-                (x, self.theta(expr.weight), biases, self.routing[2], expr.transposed, self._autocast(x)),
-            )
+            args = (x, self.theta(expr.weight), biases, self.routing[2], expr.transposed, self._autocast(x))
+            return self.call(OPS.grouped_linear.default, args, name="grouped_linear")
         return self._apply(expr)
 
     def _apply(self, expr: Apply) -> fx.Node:
@@ -136,13 +153,23 @@ class Emitter:
     def _dispatch(self, kind: str, source: fx.Node, slots_per_row: int) -> fx.Node:
         key = (kind, source)
         if key not in self._gathered:
-            self._gathered[key] = self.call(OPS.dispatch.default, (source, *self.routing, slots_per_row))
+            self._gathered[key] = self.call(
+                OPS.dispatch.default, (source, *self.routing, slots_per_row), name=f"{kind}_rows"
+            )
         return self._gathered[key]
 
     def _autocast(self, x: fx.Node) -> torch.dtype | None:
         known = value(x)
         device = known.device.type if isinstance(known, torch.Tensor) else "cpu"
         return dict(self.region.autocast).get(device)
+
+
+class LoweringFault(Exception):
+    """Something in us went wrong while a region was written. The graph is to be thrown away."""
+
+    def __init__(self, region: MoERegion, fault: Exception) -> None:
+        super().__init__(f"{type(fault).__name__}: {fault}")
+        self.region = region
 
 
 def lower(graph: fx.Graph, detection: Detection) -> list[Lowered]:
@@ -152,8 +179,11 @@ def lower(graph: fx.Graph, detection: Detection) -> list[Lowered]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     for region in sorted(detection.regions, key=lambda r: order[r.root]):
         emitter = Emitter(graph, region, names)
-        with graph.inserting_before(region.root.next):
-            result = emitter.emit()
+        try:
+            with graph.inserting_before(region.root.next):
+                result = emitter.emit()
+        except Exception as fault:
+            raise LoweringFault(region, fault) from fault
         for user, arg in region.root_readers:
             if user not in detection.dead:
                 user.replace_input_with(arg, result)

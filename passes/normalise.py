@@ -10,10 +10,9 @@ Not handled, and therefore unknown ("opaque"): calls of functions that are not t
 
 from __future__ import annotations
 
+import functools
 import math
-import operator
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -63,7 +62,7 @@ SIGNATURES: dict[str, tuple[tuple[str, object], ...]] = {
     "add": (("x", ...), ("y", ...), ("alpha", 1)),
     "sub": (("x", ...), ("y", ...), ("alpha", 1)),
     "mul": (("x", ...), ("y", ...)),
-    **{name: (("x", ...), ("y", ...)) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), (("x", ...), ("y", ...))),
 }
 
 # other spellings of the names above (after a trailing underscore has been taken off)
@@ -139,6 +138,13 @@ class Values:
             self._call(node)
         else:
             self._define(node, self._opaque(node), None)
+            self._written_by_stranger(node)
+
+    def _written_by_stranger(self, node: fx.Node) -> None:
+        """A function we know nothing about may write to what it is given."""
+        for arg in node.all_input_nodes:
+            if is_tensor(_val(arg)):
+                self._write(node, arg, self._opaque(arg))
 
     def _call(self, node: fx.Node) -> None:
         name, writes, known = canonical_name(node)
@@ -148,10 +154,8 @@ class Values:
         kwargs = {k: self._arg(v) for k, v in node.kwargs.items()}
         if not known:
             self._define(node, self._opaque(node), None)
-            if isinstance(node.target, Callable) and not _is_pure_helper(node.target):
-                for arg in node.all_input_nodes:  # a function we know nothing about may write to what it is given
-                    if is_tensor(_val(arg)):
-                        self._write(node, arg, self._opaque(arg))
+            if not _is_pure_helper(node.target):
+                self._written_by_stranger(node)
             return
         if name == "setitem":
             target, index, source = node.args
@@ -174,7 +178,11 @@ class Values:
             self._write(node, target, value)
             self._define(node, value, target)
             return
-        alias = target if isinstance(target, fx.Node) and name in VIEWS | IDENTITIES and not _copies(name, args, target, node) else None
+        alias = (
+            target
+            if isinstance(target, fx.Node) and name in VIEWS | IDENTITIES and not _copies(name, args, target, node)
+            else None
+        )
         self._define(node, value, alias)
 
     def _define(self, node: fx.Node, value: Arg, alias_of: fx.Node | None) -> None:
@@ -228,13 +236,20 @@ class Values:
             return x if is_tensor(val) and not val.is_floating_point() else make("detach", (x,), (), val)
         if name == "reshape":
             return self._reshape(x, val)
-        if name in ("zeros", "ones") and is_tensor(val):
+        if name == "zeros" and is_tensor(val):  # not interned: two buffers are two values, whatever is written to them
+            return Term(name, (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
+        if name == "ones" and is_tensor(val):
             return make(name, (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
         if name in ("full", "new_full", "full_like") and is_tensor(val):
             fill = kwargs.get("fill_value", args[1] if len(args) > 1 else None)
             if fill == 0 and not isinstance(fill, Term):
-                return make("zeros", (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
-        if name in FRESH or (name.endswith("dropout") and not _is_no_dropout(args, kwargs)):
+                return Term("zeros", (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
+        if (
+            name in FRESH
+            or _is_random(name)
+            and not name.endswith("dropout")
+            or (name.endswith("dropout") and not _is_no_dropout(args, kwargs))
+        ):
             return Term(name, args, tuple(sorted(kwargs.items())), val)
         if name.endswith("dropout"):
             return x
@@ -258,7 +273,12 @@ class Values:
             return make("scalar_tensor", (x,), (), val)
         if name == "where" and len(args) == 3:  # where(mask, c, x) is how masked_fill is decomposed
             mask, filled, kept = args
-            if isinstance(filled, Term) and filled.op == "scalar_tensor" and isinstance(kept, Term) and is_tensor(kept.val):
+            if (
+                isinstance(filled, Term)
+                and filled.op == "scalar_tensor"
+                and isinstance(kept, Term)
+                and is_tensor(kept.val)
+            ):
                 if is_tensor(val) and kept.val.dtype == val.dtype and _same_shape(kept.val.shape, val.shape):
                     return make("masked_fill", (kept, mask, filled.args[0]), (), val)
         if name == "nonzero":
@@ -285,11 +305,7 @@ class Values:
                 return make("floor_divide", args[:2], (), val)
             return make("div", args[:2], (("rounding_mode", mode),) if mode else (), val)
         if name == "expand" or name == "expand_as":
-            return (
-                make("expand", (x, tuple(map(_size, val.shape))), (), val)
-                if is_tensor(val)
-                else self._opaque(node)
-            )
+            return make("expand", (x, tuple(map(_size, val.shape))), (), val) if is_tensor(val) else self._opaque(node)
         if name == "clamp_max":
             return make("clamp", (x, None, kwargs.get("max", args[1] if len(args) > 1 else None)), (), val)
         if name == "clamp_min":
@@ -433,11 +449,7 @@ class Values:
             if inner.val is None:
                 inner.val = val
             return inner
-        return (
-            self.make("reshape", (inner, tuple(map(_size, val.shape))), (), val)
-            if is_tensor(val)
-            else inner
-        )
+        return self.make("reshape", (inner, tuple(map(_size, val.shape))), (), val) if is_tensor(val) else inner
 
     def _index(self, x: Arg, index: Arg, val: object) -> Arg:
         """Advanced indexing: `index(x, entries)`, entries are None for a whole dim, a tensor term, or an int.
@@ -452,9 +464,20 @@ class Values:
         )
         while kept and kept[-1] == "whole":
             kept = kept[:-1]
-        if len(kept) > 1 and kept[0] == "whole" and isinstance(x, Term) and is_tensor(x.val) and x.val.shape[0] == 1 and is_tensor(val):
-            below = self._reshape(x, Meta(tuple(x.val.shape[1:]), x.val.dtype, x.val.device))  # a unit dim in front, left alone
-            return self._reshape(self._index(below, kept_as_index(kept[1:]), Meta(tuple(val.shape[1:]), val.dtype, val.device)), val)
+        if (
+            len(kept) > 1
+            and kept[0] == "whole"
+            and isinstance(x, Term)
+            and is_tensor(x.val)
+            and x.val.shape[0] == 1
+            and is_tensor(val)
+        ):
+            below = self._reshape(
+                x, Meta(tuple(x.val.shape[1:]), x.val.dtype, x.val.device)
+            )  # a unit dim in front, left alone
+            return self._reshape(
+                self._index(below, kept_as_index(kept[1:]), Meta(tuple(val.shape[1:]), val.dtype, val.device)), val
+            )
         inner = _without_unit_tail(x)
         if inner is not None and len(kept) <= inner.val.ndim and is_tensor(val) and not any(i is None for i in index):
             tail = x.val.ndim - inner.val.ndim  # type: ignore[union-attr]
@@ -526,6 +549,15 @@ def canonical_name(node: fx.Node) -> tuple[str, bool, bool]:
     return ALIASES.get(name, name), writes, True
 
 
+@functools.cache
+def _is_random(name: str) -> bool:
+    """Whether torch tags the operation as drawing random numbers."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    if packet is None:
+        return False
+    return any(torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in packet.overloads())
+
+
 def _is_torch(target: object) -> bool:
     module = getattr(target, "__module__", None) or ""
     if module.startswith("torch") or type(target).__name__ in ("builtin_function_or_method", "method_descriptor"):
@@ -589,7 +621,11 @@ def _without_unit_tail(x: Arg) -> Term | None:
     if not (is_tensor(x.val) and is_tensor(inner.val)) or inner.val.ndim >= x.val.ndim:
         return None
     n = inner.val.ndim
-    return inner if _same_shape(x.val.shape[:n], inner.val.shape) and all(s == 1 for s in map(_size, x.val.shape[n:])) else None
+    return (
+        inner
+        if _same_shape(x.val.shape[:n], inner.val.shape) and all(s == 1 for s in map(_size, x.val.shape[n:]))
+        else None
+    )
 
 
 def kept_as_index(kept: tuple[Arg, ...]) -> tuple[Arg, ...]:
@@ -632,6 +668,3 @@ def _is_no_dropout(args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> bool:
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return training is False or p == 0 or (isinstance(p, float) and math.isclose(p, 0.0))
-
-
-assert operator.iadd.__name__ in INPLACE_OPERATORS

@@ -9,7 +9,7 @@ and whoever reads it has to prove something about its values or refuse. Rolling 
 
 from __future__ import annotations
 
-from moec.passes.terms import Arg, Hole, Interner, Term
+from moec.passes.terms import Arg, Hole, Interner, Term, children
 
 LEAVES = ("placeholder", "get_attr", "opaque")
 
@@ -102,3 +102,27 @@ def first_difference(instances: tuple[Term, ...]) -> tuple[int, Term] | None:
                 return number, b
             stack.extend(zip(a.args, b.args))
     return None
+
+
+def has_hole(arg: Arg) -> bool:
+    """Whether something below differs between experts."""
+    if isinstance(arg, tuple):
+        return any(map(has_hole, arg))
+    if not isinstance(arg, Term):
+        return False
+    if arg.op == "hole":
+        return True
+    return arg.instances is not None and any(has_hole(c) for c in children(arg))
+
+
+def why_unlike(hole: Term) -> str:
+    """What keeps the instances of a hole from being one expression."""
+    instances = hole.instances
+    if instances is None:
+        return "an expert is given a number where another is given a tensor"
+    odd = next(
+        (e for e, i in enumerate(instances) if i.op != instances[0].op or len(i.args) != len(instances[0].args)), None
+    )
+    if odd is None:
+        return "rows of experts come from different tensors"
+    return f"expert {odd} computes `{instances[odd].op}` where expert 0 computes `{instances[0].op}`"

@@ -149,12 +149,13 @@ def dtype(term: Arg) -> torch.dtype | None:
 
 
 def same_size(a: object, b: object) -> bool:
-    """Whether two sizes are known to be equal. Symbols are compared by expression; nothing is guarded on."""
+    """Whether two sizes (ints, symbols or products of them) are known to be equal. Nothing is guarded on."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     left = a.node.expr if isinstance(a, torch.SymInt) else a
     right = b.node.expr if isinstance(b, torch.SymInt) else b
-    return bool((left - right).expand() == 0) if hasattr(left - right, "expand") else left == right
+    difference = left - right  # type: ignore[operator]
+    return bool(difference.expand() == 0) if hasattr(difference, "expand") else difference == 0
 
 
 def numel(sizes: tuple[int | torch.SymInt, ...]) -> object:

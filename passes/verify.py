@@ -41,10 +41,16 @@ def routings(tokens: int, top_k: int, num_experts: int, distinct: bool) -> Itera
     generator = torch.Generator().manual_seed(0)
     yield "random", torch.rand(tokens, num_experts, generator=generator).argsort(-1)[:, :top_k]
     if not distinct and top_k > 1:
-        yield "one expert twice for each token", (torch.arange(tokens)[:, None] % num_experts).expand(tokens, top_k).clone()
+        yield (
+            "one expert twice for each token",
+            (torch.arange(tokens)[:, None] % num_experts).expand(tokens, top_k).clone(),
+        )
     yield "last experts take all", (num_experts - 1 - k).expand(tokens, top_k).clone() % num_experts
     yield "first experts take all", k.expand(tokens, top_k).clone() % num_experts
     yield "round robin", (torch.arange(tokens)[:, None] * top_k + k) % num_experts
+
+
+Autocast = tuple[tuple[str, torch.dtype], ...]
 
 
 def verify(
@@ -86,7 +92,9 @@ def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 7)
 
 
-def _inputs(vals: dict[str, object], shapes: dict[str, tuple[int, ...]], ids: str, routing: torch.Tensor) -> dict[str, Value]:
+def _inputs(
+    vals: dict[str, object], shapes: dict[str, tuple[int, ...]], ids: str, routing: torch.Tensor
+) -> dict[str, Value]:
     generator = torch.Generator().manual_seed(1)
     made: dict[str, Value] = {}
     for name, val in vals.items():
@@ -126,7 +134,9 @@ def _is_float(value: Value) -> TypeGuard[torch.Tensor]:
 
 
 def _run(gm: fx.GraphModule, inputs: dict[str, Value]) -> dict[str, torch.Tensor]:
-    leaves = {n: v.clone().requires_grad_(_is_float(v)) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    leaves = {
+        n: v.clone().requires_grad_(_is_float(v)) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()
+    }
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     with torch.enable_grad():
         out = gm.forward(*(leaves[n] for n in names))  # not gm(...), which prints a trace when it fails

@@ -69,14 +69,20 @@ def run(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> hf.Run
     return hf.Run(out.detach(), grads)
 
 
-def judge(got: hf.Run, layer: nn.Module, x: Tensor, around: AbstractContextManager[object] | None = None) -> hf.Worst:
-    """`got` and eager, both against eager in float64 with the choices of the eager run. `around` is entered for the eager run."""
+def judge(
+    got: hf.Run,
+    layer: nn.Module,
+    x: Tensor,
+    around: AbstractContextManager[object] | None = None,
+    eps: float | None = None,
+) -> hf.Worst:
+    """`got` and eager, both against eager in float64 with the choices of the eager run, which happens inside `around`."""
     with _recorded(layer) as choices, around or nullcontext():
         eager = run(layer, layer, x)
     exact = copy.deepcopy(layer).double()
     with _Replay(choices[0]):
         ref = run(exact, exact, x.double())
-    return hf.measure(got, eager, ref, torch.finfo(got.logits.dtype).eps)
+    return hf.measure(got, eager, ref, eps or torch.finfo(got.logits.dtype).eps)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ LAYERS = (
     ("passes",),
     ("pipeline", "report", "verify", "parallel"),
     ("backend", "nn", "scaling"),
-    ("testing", "cli"),
+    ("testing", "cli", "inspect"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

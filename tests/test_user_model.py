@@ -50,8 +50,8 @@ def test_names_identity_and_storage(idiom: str) -> None:
     assert list(call.state_dict()) == [f"_orig_mod.{key}" for key in keys]  # torch's own wrapper, the same for every backend
     for name, p in layer.named_parameters():
         old, pointer, stride = before[name]
-        assert p is old and p.data_ptr() == pointer and p.stride() == stride, name
-        assert type(p) is nn.Parameter and p.is_leaf
+        assert p is old, name
+        assert (type(p), p.is_leaf, p.data_ptr(), p.stride()) == (nn.Parameter, True, pointer, stride), name
 
 
 @pytest.mark.parametrize("idiom", IDIOMS)
@@ -319,7 +319,7 @@ def test_forward_hook_on_every_expert() -> None:
 
 
 def test_forward_hook_added_after_compiling() -> None:
-    """torch.compile does not guard on hooks of inner modules (torch's documented behavior), whatever the backend: the same here."""
+    """Seen or not (Dynamo decides whether it guards on hooks), as with any other backend."""
     outs = {}
     for backend in ("moec", "eager"):
         torch._dynamo.reset()

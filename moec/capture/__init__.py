@@ -6,27 +6,39 @@ Everything that leans on Dynamo's internals lives in this package, one file per 
     branches    `if idx.numel() == 0: continue`
     hits        `for e in hit.nonzero()`
     histogram   `torch.bincount(ids, minlength=E)`
-    loops       equal iterations stamped instead of traced (with stamp, twins, fakes, indices, watch)
+    loops       equal iterations are stamped instead of traced (lesson, stamp, twins, fakes, watch, indices, liveness, trees)
+    counters    Python numbers that depend on an assumption
     markers     what the graph remembers of all this
 
 A backend says that it is moec's by the attribute `_moec_backend = True`; nothing changes for other backends and eager code.
+A seam that this torch does not have stays off, and is logged once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 
-from . import branches, frames, hits, histogram, loops, markers, watch
+from . import markers
 from .frames import forget_denied, is_ours, retrace_without
-from .loops import stamping
+from .seams import log, stamping
 
 __all__ = ["backend_ctx_ctor", "forget_denied", "install", "is_ours", "markers", "retrace_without", "stamping"]
+
+_SEAMS = ("frames", "branches", "hits", "histogram", "watch", "loops", "counters")
+_installed: set[str] = set()
 
 
 def install() -> None:
     """Put the seams into Dynamo; once is enough, and more do no harm. Must run before the first frame is traced."""
-    for seam in (frames, branches, hits, histogram, watch, loops):
-        seam.install()
+    for name in _SEAMS:
+        if name in _installed:
+            continue
+        _installed.add(name)
+        try:
+            importlib.import_module(f".{name}", __name__).install()
+        except (ImportError, AttributeError) as missing:
+            log.warning("moec.capture: the seam `%s` does not fit this torch and stays off: %s", name, missing)
 
 
 def backend_ctx_ctor() -> contextlib.AbstractContextManager[None]:

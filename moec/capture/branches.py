@@ -15,7 +15,6 @@ Not answered (breaks as before): other comparisons, `all`, floats, NaN checks, i
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -71,7 +70,7 @@ def _answer(tx: InstructionTranslatorBase, value: VariableTracker, keeps: bool) 
     answer = some_tokens(node)
     if answer is None or not frames.may_assume(tx):
         return None
-    tx.output.create_proxy("call_function", markers.assume, (value.as_proxy(), answer, frames.where(tx)), {})
+    frames.assume(tx, markers.assume, value.as_proxy(), answer)
     return answer
 
 

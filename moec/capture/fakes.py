@@ -20,6 +20,7 @@ from torch._dynamo.utils import get_fake_value, set_example_value
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+
 from .watch import Lessons
 
 _SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
@@ -50,7 +51,9 @@ class Resizer:
         earlier = {id(leaf) for node in first for leaf in _leaves(node)} - outside.keys()
         given = [(node, size) for node in yielded[-1] for size in _sizes(node) if size.is_Symbol]
         foreign = {symbol for node in first for symbol in node.meta.get("unbacked_bindings", ())}
-        foreign |= {symbol for node in itertools.chain(*yielded) for size in _sizes(node) for symbol in size.free_symbols}
+        foreign |= {
+            symbol for node in itertools.chain(*yielded) for size in _sizes(node) for symbol in size.free_symbols
+        }
         foreign -= {symbol for _, symbol in given}
 
         def must_run(node: fx.Node) -> bool:
@@ -165,3 +168,14 @@ def _sizes(node: fx.Node) -> list[sympy.Expr]:
         numbers += [*leaf.shape, *leaf.stride(), leaf.storage_offset()] if isinstance(leaf, torch.Tensor) else [leaf]
     exprs = [number.node.expr for number in numbers if isinstance(number, _SYMBOLIC)]
     return [expr for expr in exprs if any(symbol_is_type(s, SymT.UNBACKED_INT) for s in expr.free_symbols)]
+
+
+def only_data_differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same, or alike in all but the data that decide them."""
+    if not isinstance(a, torch.SymInt) or not isinstance(b, torch.SymInt):
+        return type(a) is type(b) and a == b
+    if a.node.expr == b.node.expr:
+        return True
+    env = a.node.shape_env
+    symbols = a.node.expr.free_symbols | b.node.expr.free_symbols
+    return all(map(env.is_unbacked_symint, symbols)) and env.bound_sympy(a.node.expr) == env.bound_sympy(b.node.expr)

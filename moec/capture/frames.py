@@ -42,9 +42,7 @@ def is_ours(backend: object) -> bool:
             return False
         if getattr(backend, "_moec_backend", False) is True:
             return True
-        backend = next(
-            (inner for name in _INNER if (inner := getattr(backend, name, None)) is not None), None
-        )
+        backend = next((inner for name in _INNER if (inner := getattr(backend, name, None)) is not None), None)
     return False
 
 
@@ -56,6 +54,17 @@ def ours(tx: InstructionTranslatorBase) -> bool:
 def where(tx: InstructionTranslatorBase) -> str:
     """ "file:line" of the user's code that is being traced."""
     return f"{tx.f_code.co_filename}:{tx.lineno}"
+
+
+def assume(tx: InstructionTranslatorBase, marker: Callable[..., None], *operands: object) -> None:
+    """Put a marker into the graph for the line that is being traced."""
+    assumptions(tx).append(where(tx))
+    tx.output.create_proxy("call_function", marker, (*operands, where(tx)), {})
+
+
+def assumptions(tx: InstructionTranslatorBase) -> list[str]:
+    """The places of what was assumed in this frame so far, in order."""
+    return vars(tx.output).setdefault("_moec_assumptions", [])
 
 
 def may_assume(tx: InstructionTranslatorBase) -> bool:

@@ -84,7 +84,7 @@ def _fixed_size(
         if not frames.may_assume(tx):
             return None
         below = _call(tx, torch.all, _call(tx, operator.lt, ids, num_experts))
-        tx.output.create_proxy("call_function", markers.assume, (below.as_proxy(), True, frames.where(tx)), {})
+        frames.assume(tx, markers.assume, below.as_proxy(), True)
     return emit(tx, ids, num_experts)
 
 
@@ -99,6 +99,8 @@ def emit(tx: InstructionTranslatorBase, ids: fx.Proxy, num_experts: int) -> Vari
     return _call(tx, torch.scatter_add, zeros, 0, ids, _call(tx, torch.ones_like, ids))
 
 
-def _call(tx: InstructionTranslatorBase, function: Callable[..., object], *args: object, **kwargs: object) -> VariableTracker:
+def _call(
+    tx: InstructionTranslatorBase, function: Callable[..., object], *args: object, **kwargs: object
+) -> VariableTracker:
     operands = tuple(arg.as_proxy() if isinstance(arg, VariableTracker) else arg for arg in args)
     return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", function, operands, kwargs))

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.exc import unimplemented
+from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables import ConstantVariable, ListVariable, VariableTracker
 from torch._dynamo.variables.base import ValueMutationNew
@@ -104,7 +105,9 @@ class HitRow(VariableTracker):
             return ConstantVariable.create(compare(self._id().value, other.as_python_constant()))
         if other.is_tensor() and value_of(other.as_proxy().node).dim():
             flipped = _COMPARISONS[_REFLECTED.get(op, op)]
-            return wrap_fx_proxy(tx, tx.output.create_proxy("call_function", flipped, (other.as_proxy(), self._id().as_proxy()), {}))
+            return wrap_fx_proxy(
+                tx, tx.output.create_proxy("call_function", flipped, (other.as_proxy(), self._id().as_proxy()), {})
+            )
         raise _unsupported(f"{op} with {other}")
 
     def call_method(
@@ -144,6 +147,24 @@ class HitList(VariableTracker):
 def install() -> None:
     wrap_opcode(InstructionTranslatorBase, "GET_ITER", _iterate_over_all)
     wrap(TensorVariable, "method_tolist", _list_of_hits)
+    wrap(OutputGraph, "compile_and_call_fx_graph", _drop_unread_nonzeros)
+
+
+def _drop_unread_nonzeros(original: Callable[..., object]) -> Callable[..., object]:
+    """Once all experts are looped over, nobody reads `nonzero()`; left in place, its unknown size would be asserted about."""
+
+    def compile_and_call_fx_graph(
+        self: OutputGraph, tx: InstructionTranslatorBase, rv: list[VariableTracker], root: object
+    ) -> object:
+        returned = {value.as_proxy().node for value in rv if isinstance(value.as_proxy(), fx.Proxy)}
+        for rows, hit in vars(self).get("_moec_looped_over", ()):
+            node = rows
+            while node is not hit and not node.users and node not in returned:
+                node.graph.erase_node(node)
+                node = node.args[0]
+        return original(self, tx, rv, root)
+
+    return compile_and_call_fx_graph
 
 
 def _iterate_over_all(original: Callable[..., None]) -> Callable[..., None]:
@@ -182,7 +203,8 @@ def _all_experts(tx: InstructionTranslatorBase, iterated: VariableTracker) -> li
     hit = _hits(tx, node)
     if hit is None:
         return None
-    tx.output.create_proxy("call_function", markers.assume_every, (hit, frames.where(tx)), {})
+    frames.assume(tx, markers.assume_every, hit)
+    vars(tx.output).setdefault("_moec_looped_over", []).append((node, hit.node))
     num_experts = value_of(hit.node).shape[0]
     if isinstance(iterated, HitList):
         return [ConstantVariable.create(e) for e in range(num_experts)]

@@ -11,10 +11,12 @@ from torch import fx
 
 # Keep the numbers, change how they are held.
 _CARRIERS = frozenset(
-    "item tolist getitem select squeeze unsqueeze view reshape flatten ravel to long int cpu cuda type contiguous clone detach unbind "
-    "sym_int index_select numpy".split()
+    "item tolist getitem select squeeze unsqueeze view reshape flatten ravel to long int cpu cuda type contiguous clone "
+    "detach unbind sym_int index_select numpy".split()
 )
-_COUNTERS = frozenset("bincount histc scatter_add index_add sum count_nonzero size numel nelement sym_size shape __len__ len".split())
+_COUNTERS = frozenset(
+    "bincount histc scatter_add index_add sum count_nonzero size numel nelement sym_size shape __len__ len".split()
+)
 _COUNTING_WRITES = frozenset("scatter_ scatter_add_ index_add_ index_put_ scatter_reduce_".split())
 # Keep one row per hit expert, in order.
 _SAME_ROWS = frozenset(

@@ -7,6 +7,7 @@ the attribute loses what the seam brings (the frame breaks there, as it does wit
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import logging
@@ -16,16 +17,12 @@ log = logging.getLogger("moec")
 
 
 def wrap(owner: object, name: str, around: Callable[[Callable[..., object]], Callable[..., object]]) -> bool:
-    """Replace `owner.name` by `around(owner.name)`, once; False where torch has no such attribute."""
+    """Replace `owner.name` by `around(owner.name)`; False where torch has no such attribute."""
     original = getattr(owner, name, None)
     if original is None:
         log.warning("moec.capture: this torch has no %s.%s; the frames that need it will break", owner, name)
         return False
-    if hasattr(original, "_moec_original"):
-        return True
-    replacement = functools.wraps(original)(around(original))
-    replacement._moec_original = original
-    setattr(owner, name, replacement)
+    setattr(owner, name, functools.wraps(original)(around(original)))
     return True
 
 
@@ -43,3 +40,17 @@ def _with_subclasses(cls: type) -> Iterator[type]:
     yield cls
     for sub in cls.__subclasses__():
         yield from _with_subclasses(sub)
+
+
+stamping_on = True
+
+
+@contextlib.contextmanager
+def stamping(on: bool) -> Iterator[None]:
+    """Switch the stamping of equal iterations on or off (the graphs are the same, tracing is slower without)."""
+    global stamping_on
+    before, stamping_on = stamping_on, on
+    try:
+        yield
+    finally:
+        stamping_on = before

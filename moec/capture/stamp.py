@@ -13,7 +13,7 @@ key. Anything else, and there is no stamp. `press` writes the nodes of iteration
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
@@ -23,12 +23,9 @@ from torch._guards import Guard, Source
 from . import twins
 from .fakes import Resizer
 from .indices import Mark, Path
+from .trees import NoStamp, map_leaves, zip_leaves
 
 _OWN, _PREVIOUS, _ITEM, _NUMBER, _NAMED = "own", "previous", "item", "number", "named"
-
-
-class NoStamp(Exception):
-    """These iterations are not one body repeated; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,48 +139,11 @@ def read(
         if (a.op, a.target) != (b.op, b.target):
             raise NoStamp(f"{a.target} became {b.target}")
         operands.append((zip_leaves(a.args, b.args, varying), zip_leaves(a.kwargs, b.kwargs, varying)))
-    order = {placeholder: i for i, placeholder in enumerate(second[0].graph.find_nodes(op="placeholder"))} if named else {}
+    order = (
+        {placeholder: i for i, placeholder in enumerate(second[0].graph.find_nodes(op="placeholder"))} if named else {}
+    )
     return Stamp(second, operands, sorted(named, key=order.__getitem__), yielded, guards, resizer)
 
 
 def source_of(placeholder: fx.Node) -> Source:
     return placeholder.meta["grapharg"].source
-
-
-def unmark(nodes: list[fx.Node]) -> None:
-    """Turn marked numbers back into plain ones."""
-
-    def plain(leaf: object) -> object:
-        return int(leaf) if type(leaf) is Mark else leaf
-
-    for node in nodes:
-        if any(type(leaf) is Mark for leaf in _leaves((node.args, node.kwargs))):
-            node.args, node.kwargs = map_leaves(node.args, plain), map_leaves(node.kwargs, plain)
-
-
-def map_leaves(tree: object, fn: Callable[[object], object]) -> object:
-    return zip_leaves(tree, tree, lambda _, leaf: fn(leaf))
-
-
-def zip_leaves(a: object, b: object, fn: Callable[[object, object], object]) -> object:
-    """`b` with every leaf replaced by fn(leaf of a, leaf of b)."""
-    if isinstance(b, (tuple, list)):
-        if type(a) is not type(b) or len(a) != len(b):
-            raise NoStamp(f"{a} became {b}")
-        items = [zip_leaves(x, y, fn) for x, y in zip(a, b)]
-        return items if isinstance(b, list) else tuple(items)
-    if isinstance(b, dict):
-        if not isinstance(a, dict) or list(a) != list(b):
-            raise NoStamp(f"{a} became {b}")
-        return {key: zip_leaves(a[key], b[key], fn) for key in b}
-    if isinstance(b, slice):
-        if not isinstance(a, slice):
-            raise NoStamp(f"{a} became {b}")
-        return slice(*(zip_leaves(getattr(a, part), getattr(b, part), fn) for part in ("start", "stop", "step")))
-    return fn(a, b)
-
-
-def _leaves(tree: object) -> Iterator[object]:
-    found: list[object] = []
-    map_leaves(tree, found.append)
-    return iter(found)

@@ -127,5 +127,6 @@ def _alike_tensors(a: torch.Tensor, b: torch.Tensor) -> bool:
     if type(a) not in (torch.Tensor, torch.nn.Parameter) or a._backward_hooks or b._backward_hooks:
         return False
     return all(
-        getattr(a, what) == getattr(b, what) for what in ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf")
+        getattr(a, what) == getattr(b, what)
+        for what in ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf")
     ) and (a.layout != torch.strided or a.stride() == b.stride())

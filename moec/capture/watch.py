@@ -1,8 +1,8 @@
 """Watching one iteration of a loop for everything but graph nodes that it leaves behind.
 
 Dynamo reports writes to its `SideEffects`; while a `Watch` is open, a write to anything that existed before the iteration is an
-escape, except for appending to a list that is a local variable, as long as that list is not read as well. Comparing two objects by identity is an escape
-too. What the iteration teaches the ShapeEnv is remembered by node.
+escape, except for appending to a list that is a local variable, as long as that list is not read as well. Comparing two
+objects by identity is an escape too. What the iteration teaches the ShapeEnv is remembered by node.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Callable
 import sympy
 from torch import fx
 from torch._dynamo.bytecode_transformation import Instruction
+from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables import ConstantVariable, ListVariable, VariableTracker
-
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .indices import COMPARISONS, Index, Uses
-from .seams import wrap_opcode
+from .seams import wrap, wrap_opcode
+from .trees import unmark
 
 _WRITES = ("mutation", "store_attr", "store_instance_dict_attr", "store_cell", "store_global", "register_hook")
 
@@ -84,6 +85,19 @@ def install() -> None:
     wrap_opcode(InstructionTranslatorBase, "COMPARE_OP", _note_comparison)
     for name in ("IS_OP", "CONTAINS_OP"):
         wrap_opcode(InstructionTranslatorBase, name, _note_identity)
+    wrap(OutputGraph, "compile_and_call_fx_graph", _close_all)
+
+
+def _close_all(original: Callable[..., object]) -> Callable[..., object]:
+    """An iteration that left its loop is still being watched when the graph is finished."""
+
+    def compile_and_call_fx_graph(self: OutputGraph, *args: object, **kwargs: object) -> object:
+        for watch in list(vars(self).get("_moec_watches", ())):
+            watch.close()
+            unmark(self.graph.nodes)
+        return original(self, *args, **kwargs)
+
+    return compile_and_call_fx_graph
 
 
 def _note_comparison(original: Callable[..., None]) -> Callable[..., None]:
@@ -108,10 +122,12 @@ def _note_identity(original: Callable[..., None]) -> Callable[..., None]:
 
     def compare(self: InstructionTranslatorBase, inst: Instruction) -> None:
         operands = self.stack[-2:]
-        constant = operands[0] if inst.opname == "CONTAINS_OP" else next((x for x in operands if x.is_python_constant()), None)
+        constant = (
+            operands[0] if inst.opname == "CONTAINS_OP" else next((x for x in operands if x.is_python_constant()), None)
+        )
         if constant is None or not constant.is_python_constant():
-            for uses in vars(self.output).get("_moec_watches", ()):
-                uses.escape("an object was compared by identity")
+            for watch in vars(self.output).get("_moec_watches", ()):
+                watch.uses.escape("an object was compared by identity")
         return original(self, inst)
 
     return compare
@@ -124,8 +140,8 @@ class Watch:
         effects = tx.output.side_effects
         self.known_objects = set(effects.id_to_variable)
         self._undo: list[Callable[[], None]] = []
-        vars(tx.output).setdefault("_moec_watches", []).append(uses)
-        self._undo.append(lambda: tx.output._moec_watches.remove(uses))
+        vars(tx.output).setdefault("_moec_watches", []).append(self)
+        self._undo.append(lambda: tx.output._moec_watches.remove(self))
         before = _reachable(tx)
         for value in tx.stack[:depth]:
             if type(value) is ListVariable:
@@ -145,7 +161,9 @@ class Watch:
         for undo in reversed(self._undo):
             undo()
 
-    def _reporting(self, original: Callable[..., object], name: str, before: dict[int, object]) -> Callable[..., object]:
+    def _reporting(
+        self, original: Callable[..., object], name: str, before: dict[int, object]
+    ) -> Callable[..., object]:
         def write(target: VariableTracker, *args: object, **kwargs: object) -> object:
             if id(target) in before and type(target) is not AppendedList:
                 self.uses.escape(f"{name} of {target}")

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from moec.passes import facts
-from moec.passes.body import Body, LoopRows, Refused
+from moec.passes.body import Body
 from moec.passes.idioms.common import Candidate, Found
 from moec.passes.normalise import Values
+from moec.passes.orders import LoopRows, Refused
 from moec.passes.roll import first_difference, hole_values
 from moec.passes.terms import Arg, Term, rank, same_size, shape
 
@@ -89,7 +90,10 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
             raise Refused("rows are added at an index that is not known to be the rows of one expert", link.index)
     order = sorted(range(len(chain)), key=lambda i: experts[i])  # type: ignore[arg-type, return-value]
     if [experts[i] for i in order] != list(range(len(chain))):
-        raise Refused(f"the loop does not visit each expert from 0 to {len(chain) - 1} exactly once, but {sorted(experts)}", chain[0].term)  # type: ignore[type-var]
+        raise Refused(
+            f"the loop does not visit each expert from 0 to {len(chain) - 1} exactly once, but {sorted(experts)}",
+            chain[0].term,
+        )  # type: ignore[type-var]
     chain = tuple(chain[i] for i in order)
     if not (isinstance(base, Term) and base.op == "zeros"):
         raise Refused("the buffer that the experts add to does not start at zero", base)
@@ -100,7 +104,11 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
         raise Refused("rows are added at an index that is not known to be the rows of one expert", index)
     if not isinstance(source, Term) or source.op == "hole":
         differs = first_difference(tuple(link.source for link in chain))  # type: ignore[arg-type]
-        which = f"expert {differs[0]} is computed differently from expert 0" if differs else "the experts are computed differently"
+        which = (
+            f"expert {differs[0]} is computed differently from expert 0"
+            if differs
+            else "the experts are computed differently"
+        )
         raise Refused(which, differs[1] if differs else source)
     _same_everywhere(source, chain)
     dims = rank(mask.ids) or 0
@@ -110,11 +118,18 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
     body.check_ids = mask.one_hot and (bound is None or bound > (mask.num_experts or 0))
     if bound is None and mask.one_hot and mask.num_experts != len(chain):
         raise Refused("a one_hot over another number of experts than the loop visits", index)
-    if (mask.summed or any(link.unique for link in chain)) and not facts.ids_distinct(mask.root):
+    if dims > 1 or mask.summed:
+        repeats = mask.summed or any(link.unique for link in chain)
+    else:
+        repeats = False  # one id for each token
+    if repeats and not facts.ids_distinct(mask.root):
         raise Refused("a token may hold the same expert twice: its ids are not known to be indices of one topk", index)
     sizes, out, root = shape(mask.ids), shape(base), shape(mask.root)
     if sizes is None or out is None or root is None:
         raise Refused("ids or buffer of unknown shape", index)
+    added = shape(source)
+    if added is None or len(added) != len(out) or added[1:] != out[1:]:
+        raise Refused("rows of another width than the buffer's are added (broadcast)", source)
     coordinate = facts.coordinate_of(index)
     if dims > 2:
         raise Refused("ids with more than one token dim", index)
@@ -128,6 +143,8 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
         raise Refused("the buffer does not have one row for each token", base)
     body.claim_top_k(top_k, index)
     body.fact("each link adds the rows of its own expert, experts 0 to E-1 once each", chain[0].term)
+    for link in chain:
+        body.same_state_as_root(body.values.written_at.get(link.term) or link.term.node, link.term)
     expr = body.rows(source, LoopRows(mask), 1)
     return Found("loop over experts", expr)
 
@@ -172,5 +189,3 @@ def _rolled_children(term: Term) -> list[Term]:
             if isinstance(a, Term):
                 found.append(a)
     return found
-
-

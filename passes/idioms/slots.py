@@ -11,10 +11,11 @@ Not handled: combination by einsum or bmm; sums over slots that are not all K ch
 
 from __future__ import annotations
 
-from moec.passes import facts
-from moec.passes.body import Body, LoopSlice, Order, Refused, Sorted, TokenMajor
+from moec.passes import facts, leaves
+from moec.passes.body import Body
 from moec.passes.idioms.common import Candidate, Found
 from moec.passes.normalise import Values
+from moec.passes.orders import LoopSlice, Order, Refused, Sorted, TokenMajor
 from moec.passes.terms import Term, children, shape
 
 
@@ -34,7 +35,14 @@ def candidates(values: Values) -> list[Candidate]:
 def _sums_choices(term: Term) -> bool:
     dims, keep = term.args[1], term.args[2]
     sizes = shape(term.args[0])
-    return isinstance(dims, tuple) and len(dims) == 1 and dims[0] >= 1 and not keep and sizes is not None and len(sizes) > dims[0] + 1
+    return (
+        isinstance(dims, tuple)
+        and len(dims) == 1
+        and dims[0] >= 1
+        and not keep
+        and sizes is not None
+        and len(sizes) > dims[0] + 1
+    )
 
 
 def prove_sum(body: Body, term: Term) -> Found | None:
@@ -66,7 +74,7 @@ def prove_index_add(body: Body, term: Term) -> Found | None:
     top_k = facts.token_of_order(index, order)
     if top_k is None:
         raise Refused("sorted rows are added at an index that is not known to be the token of the slot", index)
-    body.sorted_by(order, term)
+    leaves.sorted_by(body, order, term)
     expr = body.rows(source, Sorted(order), 1)
     if not body.heavy:
         return _nothing_or_refused(body, source)
@@ -92,19 +100,23 @@ def _out_of_range(body: Body, source: Term, order: Order, lead: int) -> None:
     if (bound is not None and bound <= body.num_experts) or body.clamp_ids:
         return
     if any(isinstance(o, LoopSlice) for _, o, _ in body._known):
-        body.check_ids = True  # the loop over slices covers all rows only if every id is in range; eager fails otherwise
+        body.check_ids = (
+            True  # the loop over slices covers all rows only if every id is in range; eager fails otherwise
+        )
         return
-    if not body.tail_is_zero(source, order, lead):
+    if not leaves.tail_is_zero(body, source, order, lead):
         raise Refused("ids beyond the last expert would read rows that no expert computes", source)
 
 
 def _name(body: Body) -> str:
-    for op, name in (("grouped_mm", "grouped product"), ("bmm", "weights gathered per slot"), ("matmul", "weights gathered per slot")):
+    for op, name in (
+        ("grouped_mm", "grouped product"),
+        ("bmm", "weights gathered per slot"),
+        ("matmul", "weights gathered per slot"),
+    ):
         if any(t.op == op and t.instances is None for t in body.heavy):
             return name
     return "loop over sorted slices"
-
-
 
 
 def _nothing_or_refused(body: Body, source: Term) -> None:
@@ -125,6 +137,9 @@ def _nothing_or_refused(body: Body, source: Term) -> None:
 
 
 def _gathered(arg: object) -> bool:
-    return isinstance(arg, Term) and arg.op == "index" and isinstance(arg.args[0], Term) and arg.args[0].op in ("placeholder", "get_attr")
-
-
+    return (
+        isinstance(arg, Term)
+        and arg.op == "index"
+        and isinstance(arg.args[0], Term)
+        and arg.args[0].op in ("placeholder", "get_attr")
+    )

@@ -1,0 +1,39 @@
+"""`moec.explain`: one forward under moec, and a report of it. (Not called `explain.py`: importing that would hide the function.)"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from moec.backend import Backend
+from moec.pipeline import Result
+from moec.report import Report
+
+
+def explain(model: Callable[..., object], *args: object, **kwargs: object) -> Report:
+    """Runs `model(*args, **kwargs)` once under moec and says what was found and what was done.
+
+    The rewritten graphs run without Inductor, so this takes about as long as tracing. The model keeps its state as after any
+    forward. Options: those of the environment (`MOEC_DISABLE`); verification as by default ("sample").
+    """
+    kept: list[Result] = []
+    compiled = torch.compile(model, backend=Backend({"moec.inner": "eager"}, kept))
+    with _count_breaks() as breaks:
+        compiled(*args, **kwargs)
+    report = Report(graphs=[r.gm for r in kept], sites=[s for r in kept for s in r.sites])
+    report.break_reasons = breaks
+    report.graph_breaks = len(breaks)
+    return report
+
+
+@contextlib.contextmanager
+def _count_breaks() -> Iterator[list[str]]:
+    """The reasons of the graph breaks within, from Dynamo's own counters."""
+    counters = torch._dynamo.utils.counters["graph_break"]
+    before = dict(counters)
+    found: list[str] = []
+    yield found
+    for reason, count in counters.items():
+        found += [reason] * (count - before.get(reason, 0))
