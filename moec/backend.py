@@ -93,7 +93,7 @@ def compile_inner(
 ) -> Compiled:
     """The rewritten graph through the inner backend, with torch's caches keyed by moec's own sources and options."""
     tag = hashlib.sha256(f"{torch.compiler.config.cache_key_tag}|{fingerprint()}|{options}".encode()).hexdigest()[:16]
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         if options.inner == "inductor":
             from torch._inductor import list_mode_options
             from torch._inductor.compile_fx import compile_fx
@@ -102,7 +102,7 @@ def compile_inner(
             return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
         inner = torch._dynamo.lookup_backend(options.inner)
         extra = {"options": dict(rest)} if rest else {}
-        return inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type, return-value]
+        return inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type]
 
 
 def _unexplained(where: str) -> Site:

@@ -64,7 +64,7 @@ def ambient_states(graph: fx.Graph) -> dict[fx.Node, Ambient]:
             dtype = node.kwargs.get("dtype", dtype) or torch.get_autocast_dtype(device)
             autocast.pop(device, None)
             if enabled:
-                autocast[device] = dtype  # type: ignore[assignment]
+                autocast[device] = dtype
         elif name == "_exit_autocast" and isinstance(node.args[0], fx.Node):
             autocast = entered.get(node.args[0], {})
         states[node] = Ambient(grad, tuple(sorted(autocast.items(), key=lambda item: item[0])))

@@ -1,4 +1,4 @@
-"""`moec.explain`: one forward under moec, and a report of it. (Not called `explain.py`: importing that would hide the function.)"""
+"""`moec.explain`: one forward under moec, and a report of it. (A module called `explain` would hide the function.)"""
 
 from __future__ import annotations
 

@@ -247,7 +247,8 @@ def _verify(
 
 def _structure(site: Site) -> str:
     """A text that two regions share when they are the same computation on the same shapes."""
-    assert site.before is not None and site.after is not None
+    assert site.before is not None
+    assert site.after is not None
     shapes = [
         str(getattr(value(n), "shape", None)) + str(getattr(value(n), "dtype", None))
         for n in site.before.graph.nodes
@@ -255,7 +256,7 @@ def _structure(site: Site) -> str:
     ]
     names = {n: f"%{i}" for gm in (site.before, site.after) for i, n in enumerate(gm.graph.nodes)}
     body = [
-        f"{n.op}:{n.target if n.op != 'placeholder' else ''}({torch.fx.node.map_arg(n.args, names.get)},{torch.fx.node.map_arg(n.kwargs, names.get)})"
+        f"{n.op}:{n.target if n.op != 'placeholder' else ''}{torch.fx.node.map_arg((n.args, n.kwargs), names.get)}"
         for gm in (site.before, site.after)
         for n in gm.graph.nodes
     ]

@@ -52,7 +52,7 @@ def _lines(report: Report) -> list[str]:
     lines = [f"moec: {len(rewritten)} of {len(report.sites)} MoE sites rewritten ({graphs}, {breaks})"]
     if not report.sites:
         lines.append("No MoE dispatch was found: nothing was changed, the model compiles as under Inductor.")
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for i, s in enumerate(report.sites):
         granularity = "" if s.granularity is None else f"{s.granularity:g}{'*' if s.granularity_assumed else ''}"
         cells = (

@@ -10,7 +10,7 @@ Row-wise operations are walked through; steps that only change the order (index 
 of all slices) change the order; matrix products with the weights of the row's own expert become `GroupedLinear`; gathers by token
 become `TokenRows`; anything per slot that holds no expert becomes `SlotValue`. All else raises `Refused` with the missing fact.
 
-Because every operation acts on rows alone, the body found is the same function whatever the order, and lowering may run it sorted.
+Because every operation acts on rows alone, the body found is the same function in any order, and lowering may run it sorted.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Body:
         slots = numel(ids)
         for source, lead, per_row in self.read:
             sizes = shape(source)
-            if sizes is None or not same_size(numel(sizes[:lead]) * (self.top_k if per_row else 1), slots):  # type: ignore[operator]
+            if sizes is None or not same_size(numel(sizes[:lead]) * (self.top_k if per_row else 1), slots):
                 raise Refused(f"{sizes and sizes[:lead]} rows are read where the ids have {tuple(ids)} slots", source)
 
     def fact(self, text: str, term: Arg) -> None:
@@ -203,10 +203,10 @@ class Body:
         if not all(map(is_tensor, vals)):
             raise Refused("a weight of unknown shape", where)
         for e, v in enumerate(vals):
-            if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:  # type: ignore[union-attr]
+            if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
                 raise Refused(
                     f"expert {e} has weights of another shape, dtype or device ({tuple(v.shape)} {v.dtype})", where
-                )  # type: ignore[union-attr]
+                )
         nodes = [self.values.holds(i, self.at) for i in instances]
         for e, node in enumerate(nodes):
             if node is None:
@@ -238,7 +238,7 @@ class Body:
             return Apply(torch.Tensor.to, (inner, term.args[1])) if inner is not None else None
         if term.op == "permute":
             inner = self._stacked(term.args[0])
-            return Apply(torch.permute, (inner, (0, *(d + 1 for d in term.args[1])))) if inner is not None else None  # type: ignore[union-attr, operator]
+            return Apply(torch.permute, (inner, (0, *(d + 1 for d in term.args[1])))) if inner is not None else None
         return None
 
     def outer(self, term: Arg) -> Expr:
@@ -261,7 +261,7 @@ class Body:
             return Apply(rebuilt[term.op], (self.outer(term.args[0]), *term.args[1:]))
         if term.op == "slice" and not term.nodes and all(isinstance(a, (int, type(None))) for a in term.args[1:]):
             dim, part = term.args[1], slice(*term.args[2:])
-            return Apply("getitem", (self.outer(term.args[0]), (*(slice(None),) * dim, part)))  # type: ignore[operator]
+            return Apply("getitem", (self.outer(term.args[0]), (*(slice(None),) * dim, part)))
         raise Refused("an input of the region is overwritten before the region ends", term)
 
 

@@ -164,13 +164,13 @@ def _one_state(body: Body, states: dict[fx.Node, Ambient], at: fx.Node) -> None:
             raise Refused("part of the expert runs under another autocast or grad mode than the sum", term)
     for term in body.inner:
         for instance in term.instances or (term,):
-            node = instance.node
+            computed = instance.node
             if (
-                node is not None
+                computed is not None
                 and dtype(instance) is not None
                 and instance.val.is_floating_point()
-                and states[node] != states[at]
-            ):  # type: ignore[union-attr]
+                and states[computed] != states[at]
+            ):
                 raise Refused("part of the expert runs under another autocast or grad mode than the sum", instance)
 
 

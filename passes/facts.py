@@ -129,7 +129,7 @@ def mask_of(term: Arg) -> Mask | None:
         root, sizes = ids_root(args[0]), shape(args[0])
         if root is None or sizes is None or not isinstance(args[1], int) or args[1] < 1:
             return None
-        return Mask(root, args[0], (*range(len(sizes)), "E"), None, args[1], one_hot=True)  # type: ignore[arg-type]
+        return Mask(root, args[0], (*range(len(sizes)), "E"), None, args[1], one_hot=True)
     if op in ("scatter", "scatter_add"):
         return _mask_from_scatter(term)
     if op == "item_of" and isinstance(args[0], Term) and args[0].op == "split" and args[0].args[1] == 1:
@@ -141,7 +141,7 @@ def mask_of(term: Arg) -> Mask | None:
     if inner is None:
         return None
     if op == "permute":
-        return replace(inner, axes=tuple(inner.axes[d] for d in args[1]))  # type: ignore[union-attr, misc]
+        return replace(inner, axes=tuple(inner.axes[d] for d in args[1]))
     if op == "select":
         return _select(inner, args[1], args[2])
     if op == "item_of" or op == "unbind":
@@ -150,10 +150,10 @@ def mask_of(term: Arg) -> Mask | None:
         dims, keep = args[1], args[2]
         if dims is None:
             dims = tuple(range(len(inner.axes)))
-        if any(inner.axes[d] == "E" for d in dims):  # type: ignore[union-attr, arg-type]
+        if any(inner.axes[d] == "E" for d in dims):
             return None
-        gone = frozenset(a for d in dims if isinstance(a := inner.axes[d], int))  # type: ignore[union-attr]
-        axes = tuple("1" if d in dims else a for d, a in enumerate(inner.axes) if keep or d not in dims)  # type: ignore[operator]
+        gone = frozenset(a for d in dims if isinstance(a := inner.axes[d], int))
+        axes = tuple("1" if d in dims else a for d, a in enumerate(inner.axes) if keep or d not in dims)
         return replace(inner, axes=axes, summed=inner.summed | gone)
     if op == "cast":
         return inner
@@ -178,7 +178,7 @@ def _mask_from_eq(ids: Arg, other: Arg) -> Mask | None:
     if isinstance(other, bool):
         return None
     if isinstance(other, int) or (isinstance(other, Term) and other.op == "hole"):
-        return Mask(root, ids, tuple(range(len(sizes))), other)  # type: ignore[arg-type]
+        return Mask(root, ids, tuple(range(len(sizes))), other)
     experts = _arange_axis(other)
     if experts is None or root.op == "arange":
         return None
@@ -211,7 +211,7 @@ def _arange_axis(term: Arg) -> tuple[int, int] | None:
 
 
 def _mask_from_scatter(term: Term) -> Mask | None:
-    """zeros(T, E).scatter(1, ids, 1): the mask summed over the choices (last writer and sum agree only for scatter_add or 0/1)."""
+    """zeros(T, E).scatter(1, ids, 1): the mask summed over the choices (a repeated id is written once)."""
     base, dim, index, source = term.args
     if not isinstance(base, Term) or base.op != "zeros" or term.kwargs:
         return None
@@ -226,7 +226,7 @@ def _mask_from_scatter(term: Term) -> Mask | None:
         return None
     if term.op == "scatter" and not ids_distinct(root):
         return None  # a repeated id is written once and would be counted once
-    return Mask(root, index, (0, "E"), None, out[1], frozenset({1}), one_hot=True)  # type: ignore[arg-type]
+    return Mask(root, index, (0, "E"), None, out[1], frozenset({1}), one_hot=True)
 
 
 def _select(mask: Mask, dim: Arg, index: Arg) -> Mask | None:
@@ -249,7 +249,7 @@ def _reshape_mask(mask: Mask, term: Term) -> Mask | None:
     inner = shape(term.args[0])
     if inner is None:
         return None
-    # pair the non-unit dims in order; a labelled dim that happens to have size one is kept with its neighbours only if counts agree
+    # pair the labelled dims in order; one that happens to have size one is kept only if the sizes agree
     labelled = [(a, s) for a, s in zip(mask.axes, inner) if a != "1"]
     axes: list[int | str] = []
     for s in sizes:
@@ -266,7 +266,7 @@ def coordinate_of(term: Arg) -> Coordinate | None:
     """The coordinate an index vector is: one component of where(mask) or mask.nonzero()."""
     if not isinstance(term, Term):
         return None
-    found: tuple[Mask | None, int] | None = None
+    found: tuple[Mask | None, int] = None, 0
     if term.op == "item_of" and isinstance(term.args[0], Term) and isinstance(term.args[1], int):
         if term.args[0].op == "nonzero_tuple":
             found = mask_of(term.args[0].args[0]), term.args[1]
@@ -289,15 +289,15 @@ def coordinate_of(term: Arg) -> Coordinate | None:
             found = _nonzero(inner.args[0], inner.args[2])
         elif inner.op == "nonzero" and (mask := mask_of(inner.args[0])) and len(mask.axes) == 1:
             found = mask, 0
-    if found is None or found[0] is None:
-        return None
     mask, j = found
+    if mask is None:
+        return None
     axis = mask.axes[j] if -len(mask.axes) <= j < len(mask.axes) else None
     return Coordinate(mask, axis) if isinstance(axis, int) else None
 
 
-def _nonzero(term: Arg, j: int) -> tuple[Mask | None, int] | None:
-    return (mask_of(term.args[0]), j) if isinstance(term, Term) and term.op == "nonzero" else None
+def _nonzero(term: Arg, j: int) -> tuple[Mask | None, int]:
+    return (mask_of(term.args[0]), j) if isinstance(term, Term) and term.op == "nonzero" else (None, 0)
 
 
 def same_rows(a: Mask, b: Mask) -> bool:
@@ -308,7 +308,7 @@ def same_rows(a: Mask, b: Mask) -> bool:
 def same_expert(a: Arg, b: Arg) -> bool:
     """Whether two expert indices (constants or holes) are equal."""
     if isinstance(a, Term) and isinstance(b, Term) and a.op == b.op == "hole":
-        return a is b or a.args[0].values == b.args[0].values  # type: ignore[union-attr]
+        return a is b or a.args[0].values == b.args[0].values
     return a is b or (not isinstance(a, Term) and not isinstance(b, Term) and a == b)
 
 
@@ -439,7 +439,7 @@ def _counts(term: Term) -> bool:
     while term.op not in ("eq", "one_hot", "scatter", "scatter_add"):
         if term.op in ("any", "amax", "gt", "ne", "ge") or (term.op == "cast" and dtype(term) == torch.bool):
             return False
-        term = term.args[0]  # type: ignore[assignment]
+        term = term.args[0]
     return True
 
 

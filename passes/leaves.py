@@ -101,12 +101,12 @@ def _loop_rows(body: Body, term: Term, order: LoopRows) -> Expr | None:
     if _holds_rows(source, order):
         raise Refused("rows of an expert are indexed again", term)
     if dims > 1 and (weights := _masked_weights(body, source, order)) is not None and len(index) == 1:
-        if _row_entry(body, index[0], order) in ([*range(dims - 1)], [0]):  # type: ignore[index]
+        if _row_entry(body, index[0], order) in ([*range(dims - 1)], [0]):
             return weights
-    if len(index) == 1 and dims == 1 and (token := _token_of(body, index[0], order)) is not None:  # type: ignore[arg-type, index]
+    if len(index) == 1 and dims == 1 and (token := _token_of(body, index[0], order)) is not None:
         body.claim_top_k(token, term)
         return _token_rows(body, source, term)
-    found = [_row_entry(body, entry, order) for entry in index]  # type: ignore[union-attr]
+    found = [_row_entry(body, entry, order) for entry in index]
     if any(f is None for f in found):
         raise Refused("rows are taken by an index that is not known to be the rows of this expert", term)
     covered = [d for f in found for d in f]  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ def _row_entry(body: Body, entry: Arg, order: LoopRows) -> list[int | str] | Non
         same = facts.same_rows(coordinate.mask, order.mask) and coordinate.mask.axes == order.mask.axes
         return [coordinate.dim] if same else None
     if (mask := facts.mask_of(entry)) is not None and dtype(entry) == torch.bool and facts.same_rows(mask, order.mask):
-        axes = [a for a in mask.axes]
+        axes = list(mask.axes)
         if mask.axes == order.mask.axes or _must_be_distinct(body, mask, order.mask, entry):
             return axes
     return None
@@ -345,7 +345,8 @@ def _expert_rows(body: Body, stack: Arg, clamped: bool, term: Term) -> Expr:
 
 def _probabilities(body: Body, source: Arg, dims: int, term: Term) -> Expr:
     """probs[rows, e]: the entry of the slot's expert in [T, E]."""
-    assert body.ids is not None and body.num_experts is not None
+    assert body.ids is not None
+    assert body.num_experts is not None
     sizes, own = shape(source), shape(body.ids)
     if sizes is None or own is None or dims != 1 or len(sizes) != 2 or len(own) != 2 or not same_size(sizes[0], own[0]):
         raise Refused("probabilities that are not [tokens, experts]", term)

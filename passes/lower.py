@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,8 +64,8 @@ class Emitter:
     def call(
         self,
         target: Callable[..., object] | str,
-        args: tuple[object, ...],
-        kwargs: dict[str, object] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
         name: str | None = None,
     ) -> fx.Node:
         """One node, with its fake value; a string is a method."""
@@ -209,8 +210,8 @@ def propagate(node: fx.Node) -> None:
     if not fakes:
         return
     mode = fakes[0].fake_mode
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: value(n))  # type: ignore[misc]
-    args = tuple(list(a) if isinstance(a, list) else a for a in args)
+    known: Any = value
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known)
     with mode, torch.no_grad():
         if node.op == "call_method":
             result = getattr(args[0], str(node.target))(*args[1:], **kwargs)

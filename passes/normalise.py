@@ -10,84 +10,24 @@ Not handled, and therefore unknown ("opaque"): calls of functions that are not t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 
 import torch
 from torch import fx
 
+from moec.passes.spelling import (
+    CASTS,
+    FRESH,
+    IDENTITIES,
+    SIGNATURES,
+    SYNONYMS,
+    VIEWS,
+    canonical_name,
+    is_pure_helper,
+    is_random,
+)
 from moec.passes.terms import Arg, Interner, Meta, Term, is_tensor
-
-# name -> argument names, for the operations whose arguments detection reads. A default of ... means "required".
-SIGNATURES: dict[str, tuple[tuple[str, object], ...]] = {
-    "transpose": (("x", ...), ("dim0", ...), ("dim1", ...)),
-    "unsqueeze": (("x", ...), ("dim", ...)),
-    "squeeze": (("x", ...), ("dim", None)),
-    "select": (("x", ...), ("dim", ...), ("index", ...)),
-    "index_select": (("x", ...), ("dim", ...), ("index", ...)),
-    "gather": (("x", ...), ("dim", ...), ("index", ...), ("sparse_grad", False)),
-    "narrow": (("x", ...), ("dim", ...), ("start", ...), ("length", ...)),
-    "slice": (("x", ...), ("dim", 0), ("start", None), ("end", None), ("step", 1)),
-    "chunk": (("x", ...), ("chunks", ...), ("dim", 0)),
-    "split": (("x", ...), ("split_size", ...), ("dim", 0)),
-    "unbind": (("x", ...), ("dim", 0)),
-    "sum": (("x", ...), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "mean": (("x", ...), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "any": (("x", ...), ("dim", None), ("keepdim", False)),
-    "amax": (("x", ...), ("dim", None), ("keepdim", False)),
-    "cumsum": (("x", ...), ("dim", ...), ("dtype", None)),
-    "one_hot": (("x", ...), ("num_classes", -1)),
-    "nonzero": (("x", ...), ("as_tuple", False)),
-    "argsort": (("x", ...), ("dim", -1), ("descending", False), ("stable", False)),
-    "sort": (("x", ...), ("dim", -1), ("descending", False), ("stable", False)),
-    "topk": (("x", ...), ("k", ...), ("dim", -1), ("largest", True), ("sorted", True)),
-    "bincount": (("x", ...), ("weights", None), ("minlength", 0)),
-    "histc": (("x", ...), ("bins", 100), ("min", 0), ("max", 0)),
-    "index_add": (("x", ...), ("dim", ...), ("index", ...), ("source", ...), ("alpha", 1)),
-    "index_put": (("x", ...), ("indices", ...), ("values", ...), ("accumulate", False)),
-    "scatter": (("x", ...), ("dim", ...), ("index", ...), ("src", ...)),
-    "scatter_add": (("x", ...), ("dim", ...), ("index", ...), ("src", ...)),
-    "masked_fill": (("x", ...), ("mask", ...), ("value", ...)),
-    "clamp": (("x", ...), ("min", None), ("max", None)),
-    "cat": (("tensors", ...), ("dim", 0)),
-    "linear": (("x", ...), ("weight", ...), ("bias", None)),
-    "matmul": (("x", ...), ("y", ...)),
-    "bmm": (("x", ...), ("y", ...)),
-    "addmm": (("bias", ...), ("x", ...), ("y", ...), ("beta", 1), ("alpha", 1)),
-    "grouped_mm": (("x", ...), ("y", ...), ("offs", None), ("bias", None), ("out_dtype", None)),
-    "repeat_interleave": (("x", ...), ("repeats", ...), ("dim", None), ("output_size", None)),
-    "floor_divide": (("x", ...), ("y", ...)),
-    "sym_size": (("x", ...), ("dim", ...)),
-    "add": (("x", ...), ("y", ...), ("alpha", 1)),
-    "sub": (("x", ...), ("y", ...), ("alpha", 1)),
-    "mul": (("x", ...), ("y", ...)),
-    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), (("x", ...), ("y", ...))),
-}
-
-# other spellings of the names above (after a trailing underscore has been taken off)
-ALIASES = {
-    "view": "reshape", "flatten": "reshape", "unflatten": "reshape", "view_as": "reshape", "_unsafe_view": "reshape",
-    "reshape_as": "reshape", "ravel": "reshape",
-    "swapaxes": "transpose", "swapdims": "transpose", "concat": "cat", "concatenate": "cat",
-    "split_with_sizes": "split", "clamp_max": "clamp_max", "clip": "clamp", "mm": "matmul", "__matmul__": "matmul",
-    "grouped_mm": "grouped_mm", "_grouped_mm": "grouped_mm", "grouped_mm_fallback": "grouped_mm",
-    "index.Tensor": "index", "floordiv": "floor_divide", "truediv": "div", "multiply": "mul", "divide": "div", "true_divide": "div",
-    "subtract": "sub", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
-    "and_": "bitwise_and", "or_": "bitwise_or", "inv": "bitwise_not", "invert": "bitwise_not", "imul": "mul",
-    "new_zeros": "zeros", "zeros_like": "zeros", "new_empty": "empty", "empty_like": "empty", "ones_like": "ones", "new_ones": "ones",
-    "nonzero_numpy": "nonzero_tuple", "matrix_transpose": "mT",
-    "__rmul__": "mul", "__radd__": "add",
-}  # fmt: skip
-INPLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floor_divide", "iand": "bitwise_and", "ior": "bitwise_or", "ipow": "pow"}  # fmt: skip
-FOREIGN = {"transformers::grouped_mm_fallback": "grouped_mm"}
-CASTS = {"to", "type", "float", "double", "half", "bfloat16", "long", "int", "bool", "type_as", "_to_copy", "convert_element_type", "char", "short"}  # fmt: skip
-IDENTITIES = {"contiguous", "clone", "alias", "lift_fresh_copy", "__copy__"}
-FRESH = {"empty", "empty_permuted", "empty_strided", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "randint", "randperm", "multinomial", "exponential", "rrelu"}  # fmt: skip
-VIEWS = {
-    "reshape", "transpose", "permute", "t", "T", "mT", "unsqueeze", "squeeze", "expand", "expand_as", "select", "narrow", "slice",
-    "chunk", "split", "unbind", "getitem", "item_of", "detach", "alias", "contiguous", "movedim", "diagonal", "as_strided", "data", "real", "tensor_split", "view", *CASTS,
-}  # fmt: skip
 
 
 class Values:
@@ -154,11 +94,12 @@ class Values:
         kwargs = {k: self._arg(v) for k, v in node.kwargs.items()}
         if not known:
             self._define(node, self._opaque(node), None)
-            if not _is_pure_helper(node.target):
+            if not is_pure_helper(node.target):
                 self._written_by_stranger(node)
             return
         if name == "setitem":
-            target, index, source = node.args
+            target = node.args[0]
+            assert isinstance(target, fx.Node)
             self._write(node, target, self._setitem(args[0], args[1], args[2], _val(target)))
             self._define(node, None, None)
             return
@@ -172,9 +113,10 @@ class Values:
         if kwargs.pop("inplace", False):
             writes = True
         value = self._build(name, args, kwargs, node)
-        if writes and isinstance(target, fx.Node) and is_tensor(_val(target)):
-            if isinstance(value, Term) and is_tensor(_val(target)):
-                value = self._cast(value, _val(target).dtype, _val(target))
+        before = _val(target)
+        if writes and isinstance(target, fx.Node) and is_tensor(before):
+            if isinstance(value, Term):
+                value = self._cast(value, before.dtype, before)
             self._write(node, target, value)
             self._define(node, value, target)
             return
@@ -216,7 +158,7 @@ class Values:
             return tuple(self._arg(a) for a in arg)
         if isinstance(arg, slice):
             return slice(self._arg(arg.start), self._arg(arg.stop), self._arg(arg.step))
-        return arg  # type: ignore[return-value]
+        return arg
 
     # -- canonical arguments -------------------------------------------------------------------------------------------
 
@@ -246,7 +188,7 @@ class Values:
                 return Term("zeros", (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
         if (
             name in FRESH
-            or _is_random(name)
+            or is_random(name)
             and not name.endswith("dropout")
             or (name.endswith("dropout") and not _is_no_dropout(args, kwargs))
         ):
@@ -374,17 +316,16 @@ class Values:
 
     def _bind(self, name: str, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> tuple[Arg, ...]:
         names = SIGNATURES[name]
-        synonyms = {"other": "y", "mat2": "y", "mat1": "x", "mat_a": "x", "mat_b": "y", "value": "src", "batch2": "y", "weight": "y", "axis": "dim", "split_sizes": "split_size", "split_size_or_sections": "split_size", "tensor": "source", "offs": "offs", "divisor": "y"}  # fmt: skip
         bound = dict(zip((n for n, _ in names), args))
         for key, value in kwargs.items():
             if key not in dict(names):
-                key = synonyms.get(key, key)
+                key = SYNONYMS.get(key, key)
             if key not in dict(names) or key in bound:
                 raise _Unbound(name)
             bound[key] = value
         if len(args) > len(names) or any(n not in bound and d is ... for n, d in names):
             raise _Unbound(name)
-        return tuple(bound.get(n, d) for n, d in names)  # type: ignore[misc]
+        return tuple(bound.get(n, d) for n, d in names)
 
     def _cast(self, x: Arg, dtype: torch.dtype, val: object) -> Arg:
         if isinstance(x, Term) and is_tensor(x.val):
@@ -480,12 +421,12 @@ class Values:
             )
         inner = _without_unit_tail(x)
         if inner is not None and len(kept) <= inner.val.ndim and is_tensor(val) and not any(i is None for i in index):
-            tail = x.val.ndim - inner.val.ndim  # type: ignore[union-attr]
+            tail = x.val.ndim - inner.val.ndim
             below = Meta(tuple(val.shape[: len(val.shape) - tail]), val.dtype, val.device)
             return self._reshape(self._index(inner, kept_as_index(kept), below), val)
         inner_val = _without_new_axes(val, index) if any(i is None for i in index) else val
         inner = self.make("index", (x, kept), (), inner_val)
-        if any(i is None for i in index):
+        if any(i is None for i in index) and is_tensor(val):
             # where the new axes go follows torch's rules; the value that torch computed tells
             return (
                 self.make("reshape", (inner, tuple(map(_size, val.shape))), (), val)
@@ -507,70 +448,6 @@ class Values:
 
 class _Unbound(Exception):
     """The arguments do not fit the signature we know; the term keeps them as they are."""
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def canonical_name(node: fx.Node) -> tuple[str, bool, bool]:
-    """(name, writes its first argument, is torch's own). The name is that of the functional form."""
-    target = node.target
-    if node.op == "call_method":
-        name = str(target)
-    elif isinstance(target, torch._ops.OpOverload):
-        space, name = target._schema.name.split("::")
-        if target._schema.is_mutable and not name.endswith("_"):
-            return str(target), False, False
-        if space not in ("aten", "prims"):  # somebody's own `lib::gelu` is not torch's gelu
-            name = target._schema.name if target._schema.name not in FOREIGN else FOREIGN[target._schema.name]
-        if name == "_to_copy":
-            name = "to"
-        if name == "where" and len(node.args) > 1:
-            return "where", False, True
-    elif getattr(target, "__module__", None) in ("_operator", "operator"):
-        name = target.__name__
-    elif target is getattr:
-        return str(node.args[1]), False, str(node.args[1]) in ("T", "mT", "data")
-    elif _is_torch(target):
-        name = getattr(target, "__name__", str(target))
-    elif type(target).__name__ == "OpOverloadPacket":
-        name = target.__name__
-    else:
-        return str(target), False, False
-    if name in INPLACE_OPERATORS:
-        return INPLACE_OPERATORS[name], True, True
-    if name.startswith("__i") and name.endswith("__") and name[2:-2] in INPLACE_OPERATORS:
-        return INPLACE_OPERATORS[name[2:-2]], True, True
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2] if name not in ALIASES else name
-    writes = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_")
-    if writes:
-        name = name[:-1]
-    return ALIASES.get(name, name), writes, True
-
-
-@functools.cache
-def _is_random(name: str) -> bool:
-    """Whether torch tags the operation as drawing random numbers."""
-    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    if packet is None:
-        return False
-    return any(torch.Tag.nondeterministic_seeded in getattr(packet, o).tags for o in packet.overloads())
-
-
-def _is_torch(target: object) -> bool:
-    module = getattr(target, "__module__", None) or ""
-    if module.startswith("torch") or type(target).__name__ in ("builtin_function_or_method", "method_descriptor"):
-        return not module.startswith("torch.utils.checkpoint") and "higher_order" not in module
-    return False
-
-
-def _is_pure_helper(target: object) -> bool:
-    if "mutation" in str(target):
-        return False
-    return type(target).__module__.startswith("torch._higher_order_ops") or getattr(
-        target, "__module__", ""
-    ).startswith("moec.")
 
 
 def _val(node: object) -> object:

@@ -28,9 +28,9 @@ class Roller:
         if all(i is first for i in instances):
             return first
         if all(isinstance(i, Term) for i in instances):
-            return self._roll_terms(instances)  # type: ignore[arg-type]
-        if all(isinstance(i, tuple) and len(i) == len(first) for i in instances):  # type: ignore[arg-type]
-            return tuple(self.roll(column) for column in zip(*instances))  # type: ignore[arg-type]
+            return self._roll_terms(instances)
+        if all(isinstance(i, tuple) and len(i) == len(first) for i in instances):
+            return tuple(self.roll(column) for column in zip(*instances))
         if all(isinstance(i, slice) for i in instances):
             parts = ((i.start, i.stop, i.step) for i in instances)
             return slice(*(self.roll(column) for column in zip(*parts)))
@@ -76,7 +76,7 @@ class Roller:
             first = instances[0]
             known = Term("hole", (Hole(instances),), (), first.val if isinstance(first, Term) else None)
             if all(isinstance(i, Term) for i in instances):
-                known.instances = instances  # type: ignore[assignment]
+                known.instances = instances
             self._known[key] = known  # type: ignore[index]
         return known
 
@@ -87,7 +87,7 @@ def _identity(arg: Arg) -> object:
 
 def hole_values(arg: Arg) -> tuple[Arg, ...] | None:
     """The E values behind a hole, None when the argument is not a hole."""
-    return arg.args[0].values if isinstance(arg, Term) and arg.op == "hole" else None  # type: ignore[union-attr]
+    return arg.args[0].values if isinstance(arg, Term) and arg.op == "hole" else None
 
 
 def first_difference(instances: tuple[Term, ...]) -> tuple[int, Term] | None:

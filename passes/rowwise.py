@@ -22,16 +22,28 @@ from moec.passes.terms import Arg, Term, numel, rank, same_size, shape
 if TYPE_CHECKING:
     from moec.passes.body import Body
 
-# Reductions and normalisations over feature dims: name -> (position of the dim argument, its keyword)
+# Reductions and normalisations over the dims that their argument `dim` names
 OVER_DIMS = {
-    "softmax": "dim", "log_softmax": "dim", "_softmax": "dim", "sum": "dim", "mean": "dim", "amax": "dim", "amin": "dim", "var": "dim", "std": "dim",
-    "logsumexp": "dim", "norm": "dim", "linalg_vector_norm": "dim", "vector_norm": "dim", "normalize": "dim", "glu": "dim", "cumsum": "dim",
+    "softmax", "log_softmax", "_softmax", "sum", "mean", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm",
+    "vector_norm", "normalize", "glu", "cumsum",
 }  # fmt: skip
 OPERATORS: dict[str, Callable[..., object]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "pow": operator.pow, "neg": operator.neg,
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "bitwise_and": operator.and_, "bitwise_or": operator.or_, "floor_divide": operator.floordiv,
-}  # fmt: skip
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "pow": operator.pow,
+    "neg": operator.neg,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "bitwise_and": operator.and_,
+    "bitwise_or": operator.or_,
+    "floor_divide": operator.floordiv,
+}
 NOT_POINTWISE = {"bernoulli", "dropout", "rrelu", "native_dropout", "feature_dropout", "alpha_dropout"}
 EXTRA_POINTWISE = {
     "cast",
@@ -154,7 +166,7 @@ def _features(body: Body, dims: Arg, of: Arg, lead: int, term: Term) -> tuple[in
     dims = dims if isinstance(dims, tuple) else (dims,)
     if not all(isinstance(d, int) for d in dims):
         raise Refused("an operation over all dims mixes rows", term)
-    found = tuple(d % full - full for d in dims)  # type: ignore[operator]
+    found = tuple(d % full - full for d in dims)
     if any(d < lead - full for d in found):
         raise Refused(f"`{term.op}` over the row dim mixes the rows of an expert", term)
     return found
@@ -162,9 +174,8 @@ def _features(body: Body, dims: Arg, of: Arg, lead: int, term: Term) -> tuple[in
 
 def over_features(body: Body, term: Term, order: Order, lead: int) -> Expr:
     args, kwargs = list(term.args), dict(term.kwargs)
-    name = OVER_DIMS[term.op]
-    if name in kwargs:
-        kwargs[name] = _one(_features(body, kwargs[name], args[0], lead, term))
+    if "dim" in kwargs:
+        kwargs["dim"] = _one(_features(body, kwargs["dim"], args[0], lead, term))
     elif len(args) > 1 and args[1] is not None:
         args[1] = _one(_features(body, args[1], args[0], lead, term))
     else:

@@ -11,15 +11,14 @@ keep their own name and arguments, and mean what torch says they mean.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
-Const = Union[
-    int, float, bool, str, None, torch.dtype, torch.device, torch.layout, torch.memory_format, slice, type(...)
-]
-Arg = Union["Term", Const, tuple["Arg", ...]]
+# An argument is a Term, a constant (number, string, None, dtype, slice, ...) or a tuple of these. Which stands where is fixed by
+# the name of the operation, which a type checker cannot follow; hence the alias instead of a union that every reader would cast.
+Arg = Any
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Meta:
         return self.dtype.is_floating_point
 
 
-def is_tensor(val: object) -> bool:
+def is_tensor(val: object) -> TypeGuard[torch.Tensor]:
     """Whether a value is a tensor's."""
     return isinstance(val, (torch.Tensor, Meta))
 
@@ -50,7 +49,7 @@ class Term:
     op: str
     args: tuple[Arg, ...]
     kwargs: tuple[tuple[str, Arg], ...] = ()
-    val: object = None
+    val: Any = None
     nodes: list[fx.Node] = field(default_factory=list)
     instances: tuple[Term, ...] | None = None  # for rolled terms: the E terms this one stands for
 
@@ -158,9 +157,9 @@ def same_size(a: object, b: object) -> bool:
     return bool(difference.expand() == 0) if hasattr(difference, "expand") else difference == 0
 
 
-def numel(sizes: tuple[int | torch.SymInt, ...]) -> object:
+def numel(sizes: tuple[int | torch.SymInt, ...]) -> Any:
     """The product of sizes as an int or a sympy expression, without guards."""
-    total: object = 1
+    total: Any = 1
     for s in sizes:
         total = total * (s.node.expr if isinstance(s, torch.SymInt) else s)
     return total

@@ -73,7 +73,7 @@ def edited(folder: Path, file: str, old: str, new: str) -> Path:
 
 @pytest.mark.slow
 def test_warm_and_right(tmp_path: Path) -> None:
-    """The same twice: the second is served from the cache. Then a backward formula changes: it is not; and back: it is again."""
+    """The same twice: the second is served from the cache. Then a backward formula changes: it is not."""
     cache = tmp_path / "cache"
     cache.mkdir()
     cold = child(cache)
@@ -97,19 +97,10 @@ def test_warm_and_right(tmp_path: Path) -> None:
         assert same(cold, changed, f"experts.{e}.down_proj.weight", 3), "the gradient follows the formula"
         assert same(cold, changed, f"experts.{e}.up_proj.weight", 3)
 
-    again = child(cache)
-    assert (again["hits"], again["grads"]) == (warm["hits"], cold["grads"])
-
-
-@pytest.mark.slow
-def test_plain_inductor_code_is_not_taken_for_ours(tmp_path: Path) -> None:
-    """A site switched off and on again in one cache directory."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    first = child(cache)
     off = child(cache, sites=(), **{"moec.disable": True, "moec.strict": False})
-    for name in first["grads"]:
-        assert same(first, off, name), name
+    assert off["hits"] == 0
+    for name in cold["grads"]:
+        assert same(cold, off, name), f"switched off, in the same cache directory: {name}"
 
 
 def test_the_key_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,9 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
         places = set(frames.assumptions(self)[assumed:])
         if places:
             after = _constants(self)
-            counting = [name for name in live_locals(self.instructions, inst) if before.get(name) != after.get(name)]
+            counting = [
+                name for name in live_locals(self.instructions, inst) & after.keys() if before.get(name) != after[name]
+            ]
             if counting:
                 frames.retrace_without(places, f"`{min(counting)}` counts or remembers which experts have tokens")
         return None

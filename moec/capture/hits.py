@@ -160,8 +160,8 @@ def _drop_unread_nonzeros(original: Callable[..., object]) -> Callable[..., obje
         for rows, hit in vars(self).get("_moec_looped_over", ()):
             node = rows
             while node is not hit and not node.users and node not in returned:
-                node.graph.erase_node(node)
-                node = node.args[0]
+                unread, node = node, node.args[0]
+                unread.graph.erase_node(unread)
         return original(self, tx, rv, root)
 
     return compile_and_call_fx_graph

@@ -14,6 +14,7 @@ Not handled: a buffer that does not start at zero; links that are not each exper
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import fx
@@ -75,7 +76,7 @@ def candidates(values: Values) -> list[Candidate]:
             chain.append(links[id(chain[-1].base)])
         at = values.written_at.get(link.term) or link.term.node
         if len(chain) >= 2 and isinstance(at, fx.Node):
-            found.append(Candidate(link.term, at, lambda body, chain=tuple(chain[::-1]): prove(body, chain)))
+            found.append(Candidate(link.term, at, functools.partial(prove, chain=tuple(chain[::-1]))))
     return found
 
 
@@ -88,12 +89,12 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
     for e, link in zip(experts, chain):
         if not isinstance(e, int):
             raise Refused("rows are added at an index that is not known to be the rows of one expert", link.index)
-    order = sorted(range(len(chain)), key=lambda i: experts[i])  # type: ignore[arg-type, return-value]
+    order = sorted(range(len(chain)), key=lambda i: experts[i])
     if [experts[i] for i in order] != list(range(len(chain))):
         raise Refused(
             f"the loop does not visit each expert from 0 to {len(chain) - 1} exactly once, but {sorted(experts)}",
             chain[0].term,
-        )  # type: ignore[type-var]
+        )
     chain = tuple(chain[i] for i in order)
     if not (isinstance(base, Term) and base.op == "zeros"):
         raise Refused("the buffer that the experts add to does not start at zero", base)
@@ -103,7 +104,7 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
     if mask is None or hole_values(mask.expert) != tuple(range(len(chain))):
         raise Refused("rows are added at an index that is not known to be the rows of one expert", index)
     if not isinstance(source, Term) or source.op == "hole":
-        differs = first_difference(tuple(link.source for link in chain))  # type: ignore[arg-type]
+        differs = first_difference(tuple(link.source for link in chain))
         which = (
             f"expert {differs[0]} is computed differently from expert 0"
             if differs

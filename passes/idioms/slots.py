@@ -11,6 +11,8 @@ Not handled: combination by einsum or bmm; sums over slots that are not all K ch
 
 from __future__ import annotations
 
+import functools
+
 from moec.passes import facts, leaves
 from moec.passes.body import Body
 from moec.passes.idioms.common import Candidate, Found
@@ -26,9 +28,9 @@ def candidates(values: Values) -> list[Candidate]:
         if not isinstance(term, Term) or term.node is not node:
             continue
         if term.op == "sum" and _sums_choices(term):
-            found.append(Candidate(term, node, lambda body, term=term: prove_sum(body, term)))
+            found.append(Candidate(term, node, functools.partial(prove_sum, term=term)))
         elif term.op == "index_add" and isinstance(term.args[0], Term) and term.args[0].op == "zeros":
-            found.append(Candidate(term, node, lambda body, term=term: prove_index_add(body, term)))
+            found.append(Candidate(term, node, functools.partial(prove_index_add, term=term)))
     return found
 
 
@@ -48,14 +50,16 @@ def _sums_choices(term: Term) -> bool:
 def prove_sum(body: Body, term: Term) -> Found | None:
     """sum over dim d of [T.., K, D]: the first d dims are tokens, dim d the choices."""
     source, (dim,) = term.args[0], term.args[1]
-    assert isinstance(source, Term) and isinstance(dim, int)
+    assert isinstance(source, Term)
+    assert isinstance(dim, int)
     sizes = shape(source)
     assert sizes is not None
     if not isinstance(sizes[dim], int):
         return None
     expr = body.rows(source, TokenMajor(), dim + 1)
     if not body.heavy:
-        return _nothing_or_refused(body, source)
+        _refuse_if_in_sight(body, source)
+        return None
     body.claim_top_k(sizes[dim], term)  # type: ignore[arg-type]
     body.token_dims = dim
     _slots_are_all_choices(body, term)
@@ -77,7 +81,8 @@ def prove_index_add(body: Body, term: Term) -> Found | None:
     leaves.sorted_by(body, order, term)
     expr = body.rows(source, Sorted(order), 1)
     if not body.heavy:
-        return _nothing_or_refused(body, source)
+        _refuse_if_in_sight(body, source)
+        return None
     body.claim_top_k(top_k, term)
     _slots_are_all_choices(body, term)
     _out_of_range(body, source, Sorted(order), 1)
@@ -95,7 +100,8 @@ def _slots_are_all_choices(body: Body, term: Term) -> None:
 
 def _out_of_range(body: Body, source: Term, order: Order, lead: int) -> None:
     """Ids beyond the experts either cannot occur, are clamped, or are known to contribute zero."""
-    assert body.ids is not None and body.num_experts is not None
+    assert body.ids is not None
+    assert body.num_experts is not None
     bound = facts.ids_bound(body.ids)
     if (bound is not None and bound <= body.num_experts) or body.clamp_ids:
         return
@@ -119,7 +125,7 @@ def _name(body: Body) -> str:
     return "loop over sorted slices"
 
 
-def _nothing_or_refused(body: Body, source: Term) -> None:
+def _refuse_if_in_sight(body: Body, source: Term) -> None:
     """No expert was reached. Was one in sight? Then say why the walk stopped before it."""
     stack: list[tuple[Term, int]] = [(source, 0)]
     seen: set[int] = set()
