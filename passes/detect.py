@@ -310,6 +310,8 @@ def _discharges(values: Values, marker: fx.Node, p: _Proven) -> bool:
     if target_name(marker) == "assume_every":
         mask = facts.is_hit(subject)
         return mask is not None and mask.root is p.body.ids and mask.num_experts == p.region.num_experts
+    if marker.args[1] is True and (root := facts.in_range(subject, p.region.num_experts)) is not None:
+        return root is p.body.ids and p.region.check_ids  # the rewritten graph checks it
     answered = _says_not_empty(subject, marker.args[1])
     return answered is not None and answered[0] is p.body.ids and answered[1] == _expert_after(values, marker, p)
 

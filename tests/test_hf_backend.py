@@ -34,7 +34,8 @@ def check(name: str, implementation: str, dtype: torch.dtype, options: dict[str,
 @pytest.mark.parametrize(("implementation", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("name", hf.NAMES)
 def test_trains(name: str, implementation: str, dtype: torch.dtype) -> None:
-    check(name, implementation, dtype)
+    """AOTAutograd sees nothing in float64 and float16 that it does not see in the other two, and takes its time."""
+    check(name, implementation, dtype, {"moec.inner": "eager"} if dtype in (torch.float64, torch.float16) else None)
 
 
 @pytest.mark.slow

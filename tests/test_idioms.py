@@ -214,7 +214,9 @@ def test_autocast(idiom: str, where: str) -> None:
         except RuntimeError as error:
             pytest.skip(f"eager does not run this idiom under autocast: {error}")
     backend, results = layers.kept()
-    compiled = torch.compile(layer if where == "outside" else Around(layer, "autocast"), backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        layer if where == "outside" else Around(layer, "autocast"), backend=backend, fullgraph=True
+    )
     with autocast if where == "outside" else contextlib.nullcontext():
         got = layers.run(compiled, layer, x)
     assert layers.statuses(results) == ["rewritten"]
@@ -239,7 +241,10 @@ def test_checkpoint(idiom: str) -> None:
 
 @pytest.mark.parametrize(
     ("idiom", "grad_mode"),
-    [*[(idiom, torch.no_grad) for idiom in IDIOMS], *[(idiom, torch.inference_mode) for idiom in ("one_hot", "hit_stacked")]],
+    [
+        *[(idiom, torch.no_grad) for idiom in IDIOMS],
+        *[(idiom, torch.inference_mode) for idiom in ("one_hot", "hit_stacked")],
+    ],
 )
 def test_inference(idiom: str, grad_mode: type, poison: None) -> None:
     layer = layers.build(idiom, torch.float32).eval()
@@ -278,4 +283,3 @@ def test_measure_is_not_blind() -> None:
     wrong = hf.Run(got.logits, {**got.grads, name: got.grads[name] * (1 + 1e-3)})
     worst = layers.judge(wrong, layer, x)
     assert (worst.name, worst.ratio > 1) == (name, True)
-

@@ -30,7 +30,9 @@ def inputs_of(gm: fx.GraphModule) -> list[object]:
         if val.is_floating_point():
             made.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(val.dtype))
         else:
-            made.append(torch.rand(shape[0], E, generator=generator).argsort(-1)[:, : shape[-1]].to(val.dtype).contiguous())
+            made.append(
+                torch.rand(shape[0], E, generator=generator).argsort(-1)[:, : shape[-1]].to(val.dtype).contiguous()
+            )
     return made
 
 

@@ -83,7 +83,7 @@ def test_entry_point_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_environment_disables_in_a_fresh_process(tmp_path: Path) -> None:
-    script = SCRIPT.replace(', fullgraph=True)', ', options={"moec.inner": "eager"})')
+    script = SCRIPT.replace(", fullgraph=True)", ', options={"moec.inner": "eager"})')
     assert script != SCRIPT
     assert "rewritten" not in python(script, tmp_path, MOEC_DISABLE="1")
 
@@ -236,7 +236,9 @@ def break_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     ("name", "idiom"),
     [("detect", "static_where"), ("detect", "hit_stacked"), ("lower", "static_where"), ("lower", "hit_stacked")],
 )
-def test_internal_fault(name: str, idiom: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_internal_fault(
+    name: str, idiom: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Never the user's problem: logged with how to report it, and the model runs as it would without moec."""
     break_it(monkeypatch, name)
     layer = layers.build(idiom)
@@ -256,7 +258,7 @@ def test_internal_fault(name: str, idiom: str, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("idiom", ["static_where", "hit_stacked"])
 def test_internal_fault_is_in_the_report(idiom: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """"No MoE dispatch was found" would be a lie."""
+    """ "No MoE dispatch was found" would be a lie."""
     break_it(monkeypatch, "lower")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

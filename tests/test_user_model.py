@@ -47,7 +47,9 @@ def test_names_identity_and_storage(idiom: str) -> None:
     call = compiled(layer)
     layers.run(call, layer, layers.tokens(17))
     assert list(layer.state_dict()) == keys
-    assert list(call.state_dict()) == [f"_orig_mod.{key}" for key in keys]  # torch's own wrapper, the same for every backend
+    assert list(call.state_dict()) == [
+        f"_orig_mod.{key}" for key in keys
+    ]  # torch's own wrapper, the same for every backend
     for name, p in layer.named_parameters():
         old, pointer, stride = before[name]
         assert p is old, name
@@ -395,7 +397,9 @@ def test_compile_in_place() -> None:
 
 def test_decoder_trains_beside_eager() -> None:
     torch.manual_seed(0)
-    ours = Decoder(32, D, 2, [layers.build("hit_modules", num_experts=E, top_k=K, d_expert=F) for _ in range(2)]).double()
+    ours = Decoder(
+        32, D, 2, [layers.build("hit_modules", num_experts=E, top_k=K, d_expert=F) for _ in range(2)]
+    ).double()
     theirs = copy.deepcopy(ours)
     ids = torch.randint(32, (2, 33))
     losses = []

@@ -9,10 +9,12 @@ before the jump: if it is a count compared with nothing (a size, a number of tok
 are* tokens, and the assumption goes into the graph. Whoever rewrites the region must prove that the body does nothing
 for an expert without tokens.
 
-Not answered (breaks as before): other comparisons, `all`, floats, NaN checks, integers that are no count by construction,
+Not answered (breaks as before): branches that do something when there are no tokens (see `skips`), other comparisons, `all`, floats, NaN checks, integers that are no count by construction,
 `while` and `x and y` on tensors kept as values.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from . import frames, markers
 from .provenance import is_count, name_of, operands
 from .seams import wrap_opcode
+from .skips import steps_over
 
 _JUMPS = tuple(f"POP_JUMP_{way}IF_{what}" for way in ("", "FORWARD_", "BACKWARD_") for what in ("TRUE", "FALSE"))
 _KEEPING_JUMPS = ("JUMP_IF_TRUE_OR_POP", "JUMP_IF_FALSE_OR_POP")
@@ -49,7 +52,7 @@ def install() -> None:
 def _answering(original: Callable[..., None], keeps: bool) -> Callable[..., None]:
     def jump(self: InstructionTranslatorBase, inst: Instruction) -> None:
         if frames.ours(self):
-            answer = _answer(self, self.stack[-1], keeps)
+            answer = _answer(self, inst, self.stack[-1], keeps)
             if answer is not None:
                 self.stack[-1] = ConstantVariable.create(answer)
         original(self, inst)
@@ -57,7 +60,7 @@ def _answering(original: Callable[..., None], keeps: bool) -> Callable[..., None
     return jump
 
 
-def _answer(tx: InstructionTranslatorBase, value: VariableTracker, keeps: bool) -> bool | None:
+def _answer(tx: InstructionTranslatorBase, inst: Instruction, value: VariableTracker, keeps: bool) -> bool | None:
     """The assumed truth of `value`, recorded in the graph; None to leave the branch alone."""
     if isinstance(value, SymNodeVariable):
         if not free_unbacked_symbols(value.sym_num) or _is_known(value.sym_num):
@@ -68,7 +71,7 @@ def _answer(tx: InstructionTranslatorBase, value: VariableTracker, keeps: bool) 
         return None
     node = value.as_proxy().node
     answer = some_tokens(node)
-    if answer is None or not frames.may_assume(tx):
+    if answer is None or not frames.may_assume(tx) or not steps_over(tx, inst, answer):
         return None
     frames.assume(tx, markers.assume, value.as_proxy(), answer)
     return answer

@@ -11,6 +11,8 @@ backend runs.
 `retrace_without` is the way back: it remembers the places a frame must not assume about, and makes Dynamo start over.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="arg-type,attr-defined"
 from __future__ import annotations
 
 import inspect
@@ -23,6 +25,7 @@ import torch._dynamo.config as dynamo_config
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
 
 from .seams import log, wrap
@@ -110,7 +113,7 @@ def _owner(root: InstructionTranslatorBase) -> object:
 
 def install() -> None:
     wrap(OutputGraph, "__init__", _mark_and_allow_unbacked)
-    wrap(TensorVariable, "method_item", _allow_item)
+    wrap(TensorVariable, "call_method", _allow_item)
 
 
 def _mark_and_allow_unbacked(original: Callable[..., None]) -> Callable[..., None]:
@@ -126,11 +129,17 @@ def _mark_and_allow_unbacked(original: Callable[..., None]) -> Callable[..., Non
     return __init__
 
 
-def _allow_item(original: Callable[..., object]) -> Callable[..., object]:
-    def method_item(self: TensorVariable, tx: InstructionTranslatorBase, *args: object, **kwargs: object) -> object:
-        if not ours(tx):
-            return original(self, tx, *args, **kwargs)
+def _allow_item(original: Callable[..., VariableTracker]) -> Callable[..., VariableTracker]:
+    def call_method(
+        self: TensorVariable,
+        tx: InstructionTranslatorBase,
+        name: str,
+        args: list[VariableTracker],
+        kwargs: dict[str, VariableTracker],
+    ) -> VariableTracker:
+        if name != "item" or not ours(tx):
+            return original(self, tx, name, args, kwargs)
         with dynamo_config.patch(capture_scalar_outputs=True):
-            return original(self, tx, *args, **kwargs)
+            return original(self, tx, name, args, kwargs)
 
-    return method_item
+    return call_method

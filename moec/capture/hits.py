@@ -15,6 +15,8 @@ The same for `for e in hit.nonzero().flatten().tolist()` and for `torch.unique(t
 Not handled: `enumerate(hit.nonzero())` and `zip`, whose positions would not be those of the real loop, and `len()` of it.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="arg-type,attr-defined,misc,operator,return-value"
 from __future__ import annotations
 
 import operator
@@ -54,6 +56,11 @@ class HitId(Index):
     def var_getattr(self, tx: InstructionTranslatorBase, name: str) -> VariableTracker:
         return GetAttrVariable(self, name) if name in _TENSOR_METHODS else super().var_getattr(tx, name)
 
+    def tp_getattro_impl(
+        self, tx: InstructionTranslatorBase, name: str
+    ) -> VariableTracker:  # the same since torch 2.14
+        return GetAttrVariable(self, name) if name in _TENSOR_METHODS else super().tp_getattro_impl(tx, name)
+
     def call_method(
         self, tx: InstructionTranslatorBase, name: str, args: list[VariableTracker], kwargs: dict[str, VariableTracker]
     ) -> VariableTracker:
@@ -81,6 +88,11 @@ class HitRow(VariableTracker):
 
     def var_getattr(self, tx: InstructionTranslatorBase, name: str) -> VariableTracker:
         return GetAttrVariable(self, name) if name in _TENSOR_METHODS else super().var_getattr(tx, name)
+
+    def tp_getattro_impl(
+        self, tx: InstructionTranslatorBase, name: str
+    ) -> VariableTracker:  # the same since torch 2.14
+        return GetAttrVariable(self, name) if name in _TENSOR_METHODS else super().tp_getattro_impl(tx, name)
 
     def _id(self) -> HitId:
         return HitId(self.expert, self.uses, self.path)
@@ -146,7 +158,7 @@ class HitList(VariableTracker):
 
 def install() -> None:
     wrap_opcode(InstructionTranslatorBase, "GET_ITER", _iterate_over_all)
-    wrap(TensorVariable, "method_tolist", _list_of_hits)
+    wrap(TensorVariable, "call_method", _list_of_hits)
     wrap(OutputGraph, "compile_and_call_fx_graph", _drop_unread_nonzeros)
 
 
@@ -179,14 +191,20 @@ def _iterate_over_all(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _list_of_hits(original: Callable[..., VariableTracker]) -> Callable[..., VariableTracker]:
-    def method_tolist(self: TensorVariable, tx: InstructionTranslatorBase) -> VariableTracker:
-        if frames.ours(tx):
-            value = value_of(self.as_proxy().node)
-            if value.dim() == 1 and _hits(tx, self.as_proxy().node, dry=True) is not None:
+    def call_method(
+        self: TensorVariable,
+        tx: InstructionTranslatorBase,
+        name: str,
+        args: list[VariableTracker],
+        kwargs: dict[str, VariableTracker],
+    ) -> VariableTracker:
+        if name == "tolist" and frames.ours(tx):
+            rows = self.as_proxy().node
+            if value_of(rows).dim() == 1 and _hits(tx, rows, dry=True) is not None:
                 return HitList(self)
-        return original(self, tx)
+        return original(self, tx, name, args, kwargs)
 
-    return method_tolist
+    return call_method
 
 
 def _is_polyfill(tx: InstructionTranslatorBase) -> bool:

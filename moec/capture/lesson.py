@@ -5,6 +5,8 @@ watched. Variables that a later iteration or the code after the loop reads must 
 both iterations. `checked_names` looks at all that iteration j could read differently, and only then `repeat` writes.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="arg-type,attr-defined,index,union-attr"
 from __future__ import annotations
 
 import dataclasses

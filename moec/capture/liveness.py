@@ -4,6 +4,8 @@ Dynamo's own analysis counts every variable that is read anywhere behind a jump 
 loop hands from one iteration to the next, the exact answer is needed. What an unknown instruction does counts as a read.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 import inspect

@@ -4,6 +4,8 @@ Names are compared rather than callables, since `x.sum()`, `torch.sum(x)` and `o
 decide what is *assumed*; that the assumption is right is proven elsewhere, or the frame is traced again.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="arg-type,assignment"
 from __future__ import annotations
 
 import torch
@@ -30,7 +32,8 @@ def name_of(node: object) -> str:
     """The bare operation name of a graph node, "" for anything else."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return ""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name[2:-2] if name.startswith("__") and name.endswith("__") else name
 
 
 def operands(node: fx.Node) -> tuple[object, ...]:

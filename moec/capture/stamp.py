@@ -10,6 +10,8 @@ or of the previous iteration, or what the iterator yielded, or its number, or a 
 key. Anything else, and there is no stamp. `press` writes the nodes of iteration j.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="arg-type,call-overload"
 from __future__ import annotations
 
 import dataclasses

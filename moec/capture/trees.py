@@ -1,5 +1,7 @@
 """Operands of graph nodes: tuples, lists, dicts and slices with nodes and constants at the leaves."""
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

@@ -5,6 +5,8 @@ escape, except for appending to a list that is a local variable, as long as that
 objects by identity is an escape too. What the iteration teaches the ShapeEnv is remembered by node.
 """
 
+# Dynamo's annotations are wider than the values it passes here.
+# mypy: disable-error-code="arg-type,attr-defined,import-untyped"
 from __future__ import annotations
 
 import dataclasses
