@@ -9,7 +9,8 @@ import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import moec.kernels  # noqa: F401  (registers the kernels of the ops that the re
 from moec import capture, report
 from moec.config import Options, check_inner, check_mode, split
 from moec.errors import MoecError, StrictError
+from moec.fx import value
 from moec.ir import Site
 from moec.pipeline import Result, rewrite_graph
 
@@ -36,7 +38,6 @@ class Backend:
     def __init__(self, fixed: Mapping[str, object] | None = None, keep: list[Result] | None = None) -> None:
         self._fixed = dict(fixed or {})
         self._keep = keep
-        self._carried: list[Site] = []  # refused in a trace that was then made again
         self.backend_ctx_ctor = capture.backend_ctx_ctor
 
     def __call__(
@@ -53,20 +54,28 @@ class Backend:
         check_mode(mode)
         result = self._rewrite(gm, ours)
         left = capture.markers.marker_places(result.gm)
-        refused = [s for s in result.sites if s.status == "refused"]
         if left:
-            self._carried += refused or [_unexplained(where) for where in sorted(left)]
+            refused = [s for s in result.sites if s.status == "refused"]
+            given_up = refused or [_unexplained(where) for where in sorted(left)]
+            self._tell(Result(result.gm, given_up, superseded=True))
             if ours.strict:
                 raise StrictError(f"assumptions of capture that no site explains: {', '.join(sorted(left))}")
             capture.retrace_without(left)  # does not return: Dynamo traces the frame again
-        # the trace that is used now may hold less of a refused site than the one that was given up: keep what was said then
-        told = {s.location for s in refused}
-        result.sites[:0] = [s for s in self._carried if s.location not in told]
-        self._carried = []
+        self._tell(result)
+        unknown = has_unknown_sizes(result.gm)
+        try:
+            with nullcontext() if unknown else torch_defaults(result.gm):
+                return compile_inner(result.gm, example_inputs, ours, mode, rest)
+        except Exception as fault:
+            if not unknown or ours.strict:
+                raise
+            # a refused site whose sizes are unknown: without us the graph would have broken there
+            capture.trace_plainly(f"{ours.inner} cannot compile it in one graph ({type(fault).__name__})")
+
+    def _tell(self, result: Result) -> None:
         if self._keep is not None:
             self._keep.append(result)
         report.remember(result.sites)
-        return compile_inner(result.gm, example_inputs, ours, mode, rest)
 
     def _rewrite(self, gm: fx.GraphModule, options: Options) -> Result:
         try:
@@ -80,7 +89,7 @@ class Backend:
                 "moec: internal fault; the graph is compiled as it is. Please report this with the traceback: %s", fault
             )
             return Result(gm)
-        refused = [s for s in result.sites if s.status == "refused"]
+        refused = [s for s in result.sites if s.status == "refused" and s.idiom != "switched off"]
         for site in refused:
             log.info("moec: refused %s: %s", site.location, site.reason)
         if options.strict and refused:
@@ -103,6 +112,38 @@ def compile_inner(
         inner = torch._dynamo.lookup_backend(options.inner)
         extra = {"options": dict(rest)} if rest else {}
         return inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type]
+
+
+def has_unknown_sizes(gm: fx.GraphModule) -> bool:
+    """Whether the graph still holds sizes that only its data decides."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return any(
+        free_unbacked_symbols(value(n)) for n in gm.graph.nodes if isinstance(value(n), (torch.Tensor, torch.SymInt))
+    )
+
+
+@contextlib.contextmanager
+def torch_defaults(gm: fx.GraphModule) -> Iterator[None]:
+    """While the inner backend runs, unknown sizes and scalars are allowed only if the user's own settings allow them."""
+    fakes = (v for n in gm.graph.nodes if isinstance(v := value(n), torch._subclasses.FakeTensor))
+    shape_env = getattr(getattr(next(fakes, None), "fake_mode", None), "shape_env", None)
+    names = {
+        "allow_scalar_outputs": "capture_scalar_outputs",
+        "allow_dynamic_output_shape_ops": "capture_dynamic_output_shape_ops",
+    }
+    settings = getattr(shape_env, "settings", None)
+    if settings is None or not all(hasattr(settings, n) for n in names):
+        yield
+        return
+    before = {n: getattr(settings, n) for n in names}
+    try:
+        for name, users in names.items():
+            object.__setattr__(settings, name, getattr(torch._dynamo.config, users))
+        yield
+    finally:
+        for name, was in before.items():
+            object.__setattr__(settings, name, was)
 
 
 def _unexplained(where: str) -> Site:

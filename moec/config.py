@@ -45,7 +45,7 @@ def split(options: Mapping[str, object] | None) -> tuple[Options, dict[str, obje
     rest: dict[str, object] = {}
     for key, value in (options or {}).items():
         if not key.startswith("moec."):
-            rest[key] = value
+            rest[key.replace("-", "_")] = value  # as torch.compile does for Inductor
             continue
         name = key.removeprefix("moec.")
         if name not in known:

@@ -154,12 +154,15 @@ def extract(
     output: fx.Node,
     name: str,
     same: Mapping[fx.Node, fx.Node] | None = None,
+    names: Mapping[fx.Node, str] | None = None,
 ) -> fx.GraphModule:
-    """A module that computes `output` from `inputs` by copies of `nodes` (in graph order); `same` maps nodes to inputs."""
+    """A module that computes `output` from `inputs` by copies of `nodes` (in graph order); `same` maps nodes to inputs, `names`
+    renames inputs.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        copies[node] = graph.placeholder(node.name)
+        copies[node] = graph.placeholder((names or {}).get(node, node.name))
         copies[node].meta = dict(node.meta)
     for node, source in (same or {}).items():
         copies.setdefault(node, copies[source])

@@ -22,7 +22,13 @@ def explain(model: Callable[..., object], *args: object, **kwargs: object) -> Re
     compiled = torch.compile(model, backend=Backend({"moec.inner": "eager"}, kept))
     with _count_breaks() as breaks:
         compiled(*args, **kwargs)
-    report = Report(graphs=[r.gm for r in kept], sites=[s for r in kept for s in r.sites])
+    report = Report(graphs=[r.gm for r in kept if not r.superseded])
+    told = set()
+    for site in (s for r in kept for s in r.sites):
+        # a refusal is heard once, though the frame was traced twice
+        if site.status != "refused" or (site.location, site.reason) not in told:
+            report.sites.append(site)
+        told.add((site.location, site.reason))
     report.break_reasons = breaks
     report.graph_breaks = len(breaks)
     return report

@@ -35,6 +35,7 @@ class Result:
 
     gm: fx.GraphModule
     sites: list[Site] = field(default_factory=list)
+    superseded: bool = False  # Dynamo traces the frame again, and another result takes this one's place
 
 
 def rewrite_graph(gm: fx.GraphModule, options: Options, verified: dict[str, str] | None = None) -> Result:
@@ -57,14 +58,13 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
     while True:  # again from the start, without the regions that turned out wrong
         work = _copy(gm)
         detection = detect(work.graph, options.strict)
-        regions = tuple(r for r in detection.regions if not _switched_off(r, options) and r.root.name not in skip)
-        if len(regions) < len(detection.regions):
-            detection = detect(work.graph, options.strict, keep=frozenset(r.root.name for r in regions))
+        off = [r for r in detection.regions if options.disabled(r.location)]
+        left = off + [r for r in detection.regions if r.root.name in skip]
+        if left:
+            detection = detect(work.graph, options.strict, leave=frozenset(r.root.name for r in left))
         sites = [_refused(idiom, r) for idiom, r in detection.refusals]
         sites += [
-            _refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location))
-            for r in detection.regions
-            if _switched_off(r, options)
+            _refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location)) for r in off
         ]
         befores = [_before(work, detection, r) for r in detection.regions]
         problems = [_problem(r) for r in detection.regions]
@@ -72,7 +72,7 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
             lowered = lower(work.graph, detection)
         except LoweringFault as fault:
             if options.strict:
-                raise
+                raise (fault.__cause__ or fault) from None
             log.warning(
                 "moec: internal fault while rewriting %s; the site is left alone. Please report it.",
                 fault.region.location,
@@ -96,10 +96,6 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         for name, site in wrong:
             skip.add(name)
             failed.append(site)
-
-
-def _switched_off(region: MoERegion, options: Options) -> bool:
-    return options.disabled(region.location)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -188,7 +184,7 @@ def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Probl
     region = done.region
     inputs = {n for node in done.nodes for n in node.all_input_nodes if n not in done.nodes}
     ordered = [n for n in gm.graph.nodes if n in inputs]
-    after = extract(gm, done.nodes, ordered, done.result, "After")
+    after = extract(gm, done.nodes, ordered, done.result, "After", names=done.names)
     site = Site(
         status="rewritten",
         idiom=region.idiom,
@@ -276,9 +272,10 @@ def rewrite(
     if rest:
         raise OptionError(f"moec.rewrite knows only moec's own options, not {', '.join(map(repr, rest))}")
     if example_inputs is not None and not any(value(n) is not None for n in gm.graph.nodes):
+        from torch._subclasses import FakeTensorMode
         from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
         gm = _copy(gm)
-        FakeTensorProp(gm).propagate(*example_inputs)
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
     result = rewrite_graph(gm, ours)
     return result.gm, result.sites

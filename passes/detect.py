@@ -44,8 +44,8 @@ class _Proven:
     root: Term
 
 
-def detect(graph: fx.Graph, strict: bool = False, keep: frozenset[str] | None = None) -> Detection:
-    """Finds all routed sums of a graph, or of those only the ones whose root is named in `keep`.
+def detect(graph: fx.Graph, strict: bool = False, leave: frozenset[str] = frozenset()) -> Detection:
+    """Finds all routed sums of a graph, except those whose root is named in `leave`.
 
     `strict` lets internal faults out instead of turning them into refusals.
     """
@@ -60,12 +60,12 @@ def detect(graph: fx.Graph, strict: bool = False, keep: frozenset[str] | None = 
                 proven.append(result)
             elif result is not None:
                 refusals.append((idiom.__name__.rsplit(".", 1)[-1], result))
-    if keep is not None:
-        proven = [p for p in proven if p.region.root.name in keep]
+    known = [p.body.ids for p in proven]
+    proven = [p for p in proven if p.region.root.name not in leave]
     proven.sort(key=lambda p: values.position[p.region.root])
     proven, escaped, dead, markers = _isolated(graph, values, proven)
     refusals += escaped
-    refusals += _unseen_routers(values, proven, refusals)
+    refusals += _unseen_routers(values, known, refusals)
     return Detection(tuple(p.region for p in proven), tuple(refusals), markers, values, dead)
 
 
@@ -191,7 +191,7 @@ def _isolated(
         markers = frozenset(m for m in graph.nodes if is_marker(m) and any(_discharges(values, m, p) for p in proven))
         dead = _dead(graph, buffers, proven, markers)
         for p in proven:
-            escape = _escape(values, p, dead)
+            escape = _escape(values, p, dead) or _other_effect(graph, values, p, markers, dead)
             if escape is not None:
                 refused.append((p.region.idiom, escape))
                 proven = [q for q in proven if q is not p]
@@ -202,6 +202,8 @@ def _isolated(
 
 def _dead(graph: fx.Graph, buffers: Buffers, proven: list[_Proven], markers: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """The nodes that are needed now and not once the regions are replaced."""
+    if not proven:
+        return frozenset()
     cut = frozenset(edge for p in proven for edge in p.region.root_readers)
     inputs = [n for p in proven for n in outer_nodes(p.region)]
     # a root that another region reads as its input is replaced, not kept
@@ -240,6 +242,32 @@ def _escape(values: Values, p: _Proven, dead: frozenset[fx.Node]) -> Refusal | N
                         "a value computed inside an expert is read outside the region", str(user), location(user)
                     )
     return None
+
+
+def _other_effect(
+    graph: fx.Graph, values: Values, p: _Proven, markers: frozenset[fx.Node], dead: frozenset[fx.Node]
+) -> Refusal | None:
+    """Under an assumption, the loop may do nothing but add to the sum: what else it did was done for every expert."""
+    own = [values.position[m] for m in markers if _discharges(values, m, p)]
+    if not own:
+        return None
+    first, last = min(own), values.position[p.region.root]
+    inputs = outer_nodes(p.region)
+    allowed = set(inputs).union(*(ancestors(n) for n in inputs))
+    writers = {w for group in values.writes.values() for w in group}
+    for node in graph.nodes:
+        if not first < values.position[node] < last or node in dead or node in markers or node in allowed:
+            continue
+        if (
+            node.op in ("call_function", "call_method")
+            and target_name(node) not in STATE
+            and (node.users or node in writers)
+        ):
+            return Refusal("the loop does something else for each expert that has tokens", str(node), location(node))
+    return None
+
+
+STATE = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
 def _read_while_written(values: Values, p: _Proven) -> Refusal | None:
@@ -350,12 +378,11 @@ def _says_not_empty(condition: Arg, value: object) -> tuple[Term, Arg] | None:
 
 
 def _unseen_routers(
-    values: Values, proven: list[_Proven], refusals: list[tuple[str, Refusal]]
+    values: Values, known: list[Term | None], refusals: list[tuple[str, Refusal]]
 ) -> list[tuple[str, Refusal]]:
     """A topk whose indices choose rows, and no idiom that knows why: said aloud, once, when nothing else was said."""
     if refusals:
         return []
-    known = [p.body.ids for p in proven]
     found: list[tuple[str, Refusal]] = []
     for node, term in values.of.items():
         if not (

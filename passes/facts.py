@@ -18,6 +18,7 @@ import torch
 
 from moec.passes.terms import Arg, Term, dtype, rank, same_size, shape
 
+EXACT = (torch.int64, torch.int32, torch.float32, torch.float64)
 WIDE = (torch.int64, torch.int32)  # hold every expert id; a cast to less could wrap
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -103,8 +104,15 @@ def _size_of_dim(reduction: Term) -> int | None:
     return n if isinstance(n, int) else None
 
 
-def ids_distinct(root: Term) -> bool:
-    """Whether the ids of one token (last dim) are known to differ: they are indices of one topk over that dim."""
+def ids_distinct(root: Term, ids: Term | None = None) -> bool:
+    """Whether the ids of one token (last dim) are known to differ: they are indices of one topk over that dim.
+
+    `ids` is the tensor as it is compared, which must have the same last dim: a reshape may put two tokens into one row.
+    """
+    if ids is not None:
+        own, first = shape(ids), shape(root)
+        if own is None or first is None or not own or not first or not same_size(own[-1], first[-1]):
+            return False
     if root.op == "slice" and isinstance(root.args[0], Term):
         return ids_distinct(root.args[0])
     sizes = shape(root)
@@ -403,7 +411,7 @@ def histogram_of(term: Arg) -> Histogram | None:
         return None
     op, args = term.op, term.args
     if op in ("cast", "to_device"):
-        return histogram_of(args[0])
+        return histogram_of(args[0]) if dtype(term) in EXACT else None
     if op == "histc":
         source = args[0]
         exact = dtype(source) in (torch.float32, torch.float64, *WIDE)  # 16-bit floats round ids above 256
@@ -437,6 +445,8 @@ def _is_ones(term: Arg) -> bool:
 def _counts(term: Term) -> bool:
     """Whether every reduction on the way from the mask was a sum (any and comparisons lose the count)."""
     while term.op not in ("eq", "one_hot", "scatter", "scatter_add"):
+        if term.op in ("sum", "cast") and dtype(term) not in EXACT:
+            return False  # 16-bit floats round counts above 256, small integers wrap
         if term.op in ("any", "amax", "gt", "ne", "ge") or (term.op == "cast" and dtype(term) == torch.bool):
             return False
         term = term.args[0]
@@ -502,10 +512,29 @@ def row_count_of(term: Arg) -> tuple[Term, Arg] | None:
     return None
 
 
+def count_of(term: Arg) -> tuple[Term, Arg] | None:
+    """(ids root, expert) when a number is exactly how many slots that expert has."""
+    while isinstance(term, Term) and (term.op == "item" or (term.op == "cast" and dtype(term) in EXACT)):
+        term = term.args[0]
+    if not isinstance(term, Term):
+        return None
+    if term.op == "select" and (counted := histogram_of(term.args[0])):
+        return counted.root, term.args[2]
+    mask = mask_of(term)
+    if mask is None or mask.axes != () or mask.expert is None:
+        return None
+    return (mask.root, mask.expert) if mask.summed == frozenset(range(rank(mask.ids) or 0)) and _counts(term) else None
+
+
 def in_range(term: Arg, num_experts: int) -> Term | None:
     """The ids root when the condition says that all ids are below `num_experts`: (ids < E).all()."""
     while isinstance(term, Term) and term.op in ("item", "cast", "all", "bool"):
         term = term.args[0]
-    if isinstance(term, Term) and term.op == "lt" and term.args[1] == num_experts and not isinstance(term.args[1], Term):
+    if (
+        isinstance(term, Term)
+        and term.op == "lt"
+        and term.args[1] == num_experts
+        and not isinstance(term.args[1], Term)
+    ):
         return ids_root(term.args[0])
     return None

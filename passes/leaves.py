@@ -171,13 +171,18 @@ def _masked_weights(body: Body, source: Arg, order: LoopRows) -> Expr | None:
         if sizes is None or own is None or len(sizes) != len(own) or not all(map(same_size, sizes, own)):
             continue
         _must_be_distinct(body, mask, order.mask, source)
+        body.inner += [source, inner]
         return SlotValue(body.outer(weight), (1,) if keep else ())
     return None
 
 
 def _must_be_distinct(body: Body, a: facts.Mask, b: facts.Mask, term: Arg) -> bool:
     """Masks over (t, k) and over t alone pick the same number of rows in the same order when a token's ids differ."""
-    if not facts.ids_distinct(a.root):
+    for mask in (a, b):
+        first = next((axis for axis in mask.axes if isinstance(axis, int)), None)
+        if first != 0:
+            raise Refused("rows are listed by choice first, and read by token first", term)
+    if not facts.ids_distinct(a.root, a.ids):
         raise Refused("a token may hold the same expert twice: its ids are not known to be indices of one topk", term)
     return True
 
@@ -263,7 +268,7 @@ def _own_sorted_ids(body: Body, index: Arg, order: Term) -> bool:
 def _counts_in_order(body: Body, sizes: tuple[Arg, ...], order: LoopSlice, term: Arg) -> None:
     """sizes[e] is the number of slots of expert e, for all e."""
     for e, size in enumerate(sizes):
-        counted = facts.row_count_of(size) if isinstance(size, Term) and size.op == "item" else None
+        counted = facts.count_of(size) if isinstance(size, Term) and size.op == "item" else None
         if counted is None or counted[0] is not facts.sorted_order(order.order) or counted[1] != e:
             raise Refused(f"the length of slice {e} is not known to be the number of slots of expert {e}", size or term)
     experts = body.roller.roll(tuple(range(len(sizes))))

@@ -47,6 +47,7 @@ class Lowered:
     region: MoERegion
     nodes: tuple[fx.Node, ...]
     result: fx.Node
+    names: dict[fx.Node, str]  # of inputs that are other regions' results: the name the original had there
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class Emitter:
     region: MoERegion
     names: dict[fx.Node, fx.Node] = field(default_factory=dict)
     nodes: list[fx.Node] = field(default_factory=list)
+    renamed: dict[fx.Node, str] = field(default_factory=dict)
     routing: tuple[fx.Node, ...] = ()
     _known: dict[int, object] = field(default_factory=dict)
     _gathered: dict[tuple[str, fx.Node], fx.Node] = field(default_factory=dict)
@@ -107,7 +109,10 @@ class Emitter:
 
     def _expr(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Outer):
-            return self.names.get(expr.node, expr.node)
+            node = self.names.get(expr.node, expr.node)
+            if node is not expr.node:
+                self.renamed[node] = expr.node.name
+            return node
         if isinstance(expr, TokenRows):
             return self._dispatch("token", self.expr(expr.value), self.region.top_k)
         if isinstance(expr, SlotValue):
@@ -190,7 +195,7 @@ def lower(graph: fx.Graph, detection: Detection) -> list[Lowered]:
                 user.replace_input_with(arg, result)
             names[arg] = result
         names[region.root] = result
-        done.append(Lowered(region, tuple(emitter.nodes), result))
+        done.append(Lowered(region, tuple(emitter.nodes), result, emitter.renamed))
     for node in reversed(list(graph.nodes)):
         if node in detection.dead or node in detection.markers:
             if node.users:

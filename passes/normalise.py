@@ -16,16 +16,19 @@ from collections import defaultdict
 import torch
 from torch import fx
 
+from moec.fx import ambient_states
 from moec.passes.spelling import (
     CASTS,
     FRESH,
     IDENTITIES,
     SIGNATURES,
     SYNONYMS,
-    VIEWS,
+    asks_in_place,
     canonical_name,
+    hidden_writes,
     is_pure_helper,
     is_random,
+    may_alias,
 )
 from moec.passes.terms import Arg, Interner, Meta, Term, is_tensor
 
@@ -39,7 +42,9 @@ class Values:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.make = Interner().make
+        self._intern = Interner().make
+        self._states = ambient_states(graph)
+        self._at: fx.Node | None = None
         self.of: dict[fx.Node, Arg] = {}
         self.reads: dict[tuple[fx.Node, fx.Node], Arg] = {}
         self.storage: dict[fx.Node, fx.Node] = {}
@@ -49,9 +54,22 @@ class Values:
         self.written_at: dict[Term, fx.Node] = {}
         self.position: dict[fx.Node, int] = {}
         self._now: dict[fx.Node, Arg] = {}
+        self._same: dict[fx.Node, fx.Node] = {}  # result of an in-place call -> the node it was called on
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
+            self._at = node
             self._visit(node)
+
+    def make(
+        self, op: str, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...] = (), val: object = None
+    ) -> Term:
+        """The term for `op(*args, **kwargs)`: one for all equal ones of the same dtype, grad mode and autocast mode."""
+        if not is_tensor(val):
+            return self._intern(
+                op, args, kwargs, val, self._states[self._at] if val is None and self._at is not None else None
+            )
+        state = self._states[self._at] if val.is_floating_point() and self._at is not None else None
+        return self._intern(op, args, kwargs, val, (val.dtype, state))
 
     def holds(self, term: Term, at: fx.Node) -> fx.Node | None:
         """A node that holds `term` when read just after node `at`: defined by then, and its buffer not written in between."""
@@ -110,8 +128,13 @@ class Values:
             if isinstance(out, fx.Node):
                 self._write(node, out, self._opaque(node))
             return
-        if kwargs.pop("inplace", False):
+        for written in hidden_writes(node, name):
+            self._write(node, written, self._opaque(written))
+        in_place = asks_in_place(node)
+        kwargs.pop("inplace", None)
+        if in_place:
             writes = True
+            args = tuple(a for a in args if a is not True)
         value = self._build(name, args, kwargs, node)
         before = _val(target)
         if writes and isinstance(target, fx.Node) and is_tensor(before):
@@ -119,13 +142,12 @@ class Values:
                 value = self._cast(value, before.dtype, before)
             self._write(node, target, value)
             self._define(node, value, target)
+            self._same[node] = self._same.get(target, target)
             return
-        alias = (
-            target
-            if isinstance(target, fx.Node) and name in VIEWS | IDENTITIES and not _copies(name, args, target, node)
-            else None
-        )
-        self._define(node, value, alias)
+        if writes and not isinstance(target, fx.Node):
+            self._written_by_stranger(node)
+        aliased = isinstance(target, fx.Node) and may_alias(node, name) and not _copies(name, args, target, node)
+        self._define(node, value, target if aliased and isinstance(target, fx.Node) else None)
 
     def _define(self, node: fx.Node, value: Arg, alias_of: fx.Node | None) -> None:
         if isinstance(value, Term):
@@ -142,11 +164,11 @@ class Values:
         self.writes[buffer].append(writer)
         if isinstance(value, Term):
             self.written_at[value] = writer
-        before = self._now[target]
+        written = self._same.get(target, target)
         for member in self.members[buffer]:
-            # a node that held the same value is the same view of the buffer; another view is no longer known
-            whole = self._now[member] is before and _same_view(member, target)
-            self._now[member] = value if whole or member is target else self._opaque(member)
+            # the results of earlier writes are the target itself; any other possible view of the buffer is no longer known
+            whole = self._same.get(member, member) is written
+            self._now[member] = value if whole else self._opaque(member)
 
     def _opaque(self, node: fx.Node) -> Term:
         return Term("opaque", (str(node.target), node.name), (), _val(node))
@@ -253,7 +275,7 @@ class Values:
         if name == "clamp_min":
             return make("clamp", (x, kwargs.get("min", args[1] if len(args) > 1 else None), None), (), val)
         if name == "arange" and is_tensor(val):
-            start = args[0] if len(args) > 1 else 0
+            start = kwargs.get("start", args[0] if len(args) > 1 or "end" in kwargs else 0)
             step = args[2] if len(args) > 2 else kwargs.get("step", 1)
             if start == 0 and step == 1 and not isinstance(start, Term):
                 return make("arange", (_size(val.shape[0]), val.dtype), (), val)
@@ -464,11 +486,6 @@ def _same_shape(a: torch.Size, b: torch.Size) -> bool:
     return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b))
 
 
-def _same_view(a: fx.Node, b: fx.Node) -> bool:
-    u, v = _val(a), _val(b)
-    return is_tensor(u) and is_tensor(v) and _same_shape(u.shape, v.shape)
-
-
 def _positive(dim: Arg, of: object) -> Arg:
     val = of.val if isinstance(of, Term) else of
     return dim % max(val.ndim, 1) if isinstance(dim, int) and is_tensor(val) else dim
@@ -535,7 +552,9 @@ def _copies(name: str, args: tuple[Arg, ...], target: fx.Node, node: fx.Node) ->
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(i, tuple) or (isinstance(i, Term) and is_tensor(i.val)) for i in index)
     if name == "getitem":  # one of several results: a view only if the results are views
-        return canonical_name(target)[0] not in VIEWS if target.op in ("call_function", "call_method") else False
+        return (
+            not may_alias(target, canonical_name(target)[0]) if target.op in ("call_function", "call_method") else False
+        )
     if name in CASTS and is_tensor(before) and is_tensor(after):
         return before.dtype != after.dtype or before.device != after.device
     return False

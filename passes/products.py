@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moec.ir import Apply, Expr, GroupedLinear, Stacked, Theta, with_features
-from moec.passes import facts, leaves, rowwise
+from moec.passes import facts, leaves
 from moec.passes.orders import Order, Refused, Sorted, TokenMajor, static
 from moec.passes.roll import has_hole
 from moec.passes.terms import Arg, Term, dtype, rank, shape
@@ -31,7 +31,7 @@ def product(body: Body, term: Term, order: Order, lead: int) -> Expr:
     x, weight = term.args[0], term.args[1]
     bias = term.args[2] if term.op == "linear" else None
     if not has_hole(weight) and not has_hole(bias):
-        if rank(weight) != 2 or rowwise.is_rows(body, weight, term, lead):
+        if rank(weight) != 2:
             raise Refused(f"`{term.op}` mixes rows, or its weight is neither shared nor one expert's", term)
         body.inner.append(term)
         call = Apply(
@@ -83,6 +83,7 @@ def _grouped(body: Body, term: Term, order: Order, lead: int) -> Expr:
     body.heavy.append(term)
     transposed = True
     if isinstance(weight, Term) and weight.op == "permute" and weight.args[1] == (0, 2, 1):
+        body.inner.append(weight)
         weight, transposed = weight.args[0], False
     return _grouped_linear(body, term, x, order, lead, Stacked(body.outer(weight)), None, transposed)
 
@@ -95,6 +96,7 @@ def _batched(body: Body, term: Term, order: Order, lead: int) -> Expr:
     for x, weight, transposed in ((left, right, True), (right, left, False)):
         flip = False
         if isinstance(weight, Term) and weight.op == "permute" and weight.args[1] == (0, 2, 1):
+            body.inner.append(weight)
             weight, flip = weight.args[0], True
         if not (
             isinstance(weight, Term) and weight.op == "index" and len(weight.args[1]) == 1 and rank(weight.args[0]) == 3
@@ -121,5 +123,6 @@ def _batched(body: Body, term: Term, order: Order, lead: int) -> Expr:
 def _matrix(body: Body, weight: Arg, term: Term) -> tuple[Theta, bool]:
     """The expert weights and whether a transpose was taken off."""
     if isinstance(weight, Term) and weight.op == "permute" and weight.args[1] == (1, 0):
+        body.inner.append(weight)
         return body.theta(weight.args[0], term), True
     return body.theta(weight, term), False

@@ -27,6 +27,8 @@ OVER_DIMS = {
     "softmax", "log_softmax", "_softmax", "sum", "mean", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm",
     "vector_norm", "normalize", "glu", "cumsum",
 }  # fmt: skip
+NAMES_DIM_SECOND = {"norm", "linalg_vector_norm", "vector_norm", "normalize"}  # (x, order of the norm, dim)
+DIM_SECOND = 2
 OPERATORS: dict[str, Callable[..., object]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -174,10 +176,11 @@ def _features(body: Body, dims: Arg, of: Arg, lead: int, term: Term) -> tuple[in
 
 def over_features(body: Body, term: Term, order: Order, lead: int) -> Expr:
     args, kwargs = list(term.args), dict(term.kwargs)
+    place = DIM_SECOND if term.op in NAMES_DIM_SECOND else 1
     if "dim" in kwargs:
         kwargs["dim"] = _one(_features(body, kwargs["dim"], args[0], lead, term))
-    elif len(args) > 1 and args[1] is not None:
-        args[1] = _one(_features(body, args[1], args[0], lead, term))
+    elif len(args) > place and args[place] is not None and not isinstance(args[place], bool):
+        args[place] = _one(_features(body, args[place], args[0], lead, term))
     else:
         raise Refused(f"`{term.op}` over all dims mixes rows", term)
     body.inner.append(term)
@@ -188,6 +191,8 @@ def over_features(body: Body, term: Term, order: Order, lead: int) -> Expr:
         named = dict(zip(("dim", "keepdim", "dtype"), args[1:]))
         kwargs = {k: v for k, v in named.items() if v is not None}
         args = args[:1]
+    while args[-1] is None:
+        args.pop()
     return Apply(callable_for(term.op), (rows, *args[1:]), tuple(kwargs.items()))  # type: ignore[arg-type]
 
 

@@ -7,6 +7,9 @@ its arguments. A name that is not here keeps itself, and means what torch says i
 from __future__ import annotations
 
 import functools
+import inspect
+import types
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,6 +29,10 @@ SIGNATURES: dict[str, tuple[tuple[str, object], ...]] = {
     "unbind": (("x", ...), ("dim", 0)),
     "sum": (("x", ...), ("dim", None), ("keepdim", False), ("dtype", None)),
     "mean": (("x", ...), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "norm": (("x", ...), ("p", "fro"), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "linalg_vector_norm": (("x", ...), ("ord", 2), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "vector_norm": (("x", ...), ("ord", 2), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "normalize": (("x", ...), ("p", 2.0), ("dim", 1), ("eps", 1e-12)),
     "any": (("x", ...), ("dim", None), ("keepdim", False)),
     "amax": (("x", ...), ("dim", None), ("keepdim", False)),
     "cumsum": (("x", ...), ("dim", ...), ("dtype", None)),
@@ -90,11 +97,25 @@ FRESH = {
     "empty", "empty_permuted", "empty_strided", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform",
     "normal", "randint", "randperm", "multinomial", "exponential", "rrelu",
 }  # fmt: skip
+# What can return its input, or a view of it, beyond what the schemas of ATen say; and what ATen does not know and never does
 VIEWS = {
     "reshape", "transpose", "permute", "t", "T", "mT", "unsqueeze", "squeeze", "expand", "expand_as", "select",
     "narrow", "slice", "chunk", "split", "unbind", "getitem", "item_of", "detach", "alias", "contiguous", "movedim",
-    "diagonal", "as_strided", "data", "real", "tensor_split", "view", *CASTS,
+    "diagonal", "as_strided", "data", "_get_data_attr", "real", "imag", "H", "mH", "tensor_split", "view",
+    "dropout", *CASTS,
 }  # fmt: skip
+ALWAYS_NEW = {
+    "grouped_mm", "linear", "matmul", "zeros", "ones", "one_hot", "index", "nonzero_tuple", "floor_divide",
+    "scalar_tensor", "not",
+}  # fmt: skip
+# argument positions that are written although the name does not say so
+HIDDEN_WRITES = {
+    "batch_norm": (1, 2),
+    "instance_norm": (1, 2),
+    "native_batch_norm": (3, 4),
+    "embedding": (1,),
+    "embedding_bag": (1,),
+}
 SYNONYMS = {  # keyword names of other spellings -> ours
     "other": "y",
     "mat2": "y",
@@ -147,6 +168,50 @@ def canonical_name(node: fx.Node) -> tuple[str, bool, bool]:
     if writes:
         name = name[:-1]
     return ALIASES.get(name, name), writes, True
+
+
+def may_alias(node: fx.Node, name: str) -> bool:
+    """Whether the result may be the first argument or a view of it. What is not known to be new memory may."""
+    if name in VIEWS or name in IDENTITIES and name != "clone":
+        return True
+    if name in ALWAYS_NEW or name == "clone":
+        return False
+    target = node.target
+    schemas = [target._schema] if isinstance(target, torch._ops.OpOverload) else _schemas(name)
+    return not schemas or any(
+        r.alias_info is not None and not r.alias_info.is_write for s in schemas for r in s.returns
+    )
+
+
+@functools.cache
+def _schemas(name: str) -> list[Any]:
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    return [getattr(packet, o)._schema for o in packet.overloads()] if packet is not None else []
+
+
+def asks_in_place(node: fx.Node) -> bool:
+    """Whether an argument `inplace`, by name or by position, is true: F.leaky_relu(x, 0.1, True)."""
+    if node.op != "call_function" or not isinstance(node.target, types.FunctionType):
+        return bool(node.kwargs.get("inplace", False))
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):
+        return bool(node.kwargs.get("inplace", False))
+    return bool(bound.arguments.get("inplace", False))
+
+
+def hidden_writes(node: fx.Node, name: str) -> list[fx.Node]:
+    """Arguments that the call may write besides its first: running statistics, renormalised embeddings, lists of tensors."""
+    if name.startswith("_foreach") and str(getattr(node.target, "__name__", "")).endswith("_"):
+        return list(node.all_input_nodes)
+    found = [node.args[i] for i in HIDDEN_WRITES.get(name, ()) if i < len(node.args)]
+    found += [
+        node.kwargs[k] for k in ("running_mean", "running_var", "weight") if name in HIDDEN_WRITES and k in node.kwargs
+    ]
+    if name in ("embedding", "embedding_bag"):
+        renormalises = node.kwargs.get("max_norm", node.args[3] if len(node.args) > 3 else None) is not None
+        return [a for a in found if isinstance(a, fx.Node)] if renormalises else []
+    return [a for a in found if isinstance(a, fx.Node)]
 
 
 @functools.cache

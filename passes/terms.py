@@ -10,6 +10,7 @@ keep their own name and arguments, and mean what torch says they mean.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -89,10 +90,15 @@ class Interner:
         self._known: dict[object, Term] = {}
 
     def make(
-        self, op: str, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...] = (), val: object = None
+        self,
+        op: str,
+        args: tuple[Arg, ...],
+        kwargs: tuple[tuple[str, Arg], ...] = (),
+        val: object = None,
+        mode: Hashable = None,
     ) -> Term:
-        """The term for `op(*args, **kwargs)`; `val` is kept from the first that had one."""
-        key = (op, tuple(map(_key, args)), tuple((k, _key(v)) for k, v in kwargs))
+        """The term for `op(*args, **kwargs)` under `mode`; `val` is kept from the first that had one."""
+        key = (op, tuple(map(_key, args)), tuple((k, _key(v)) for k, v in kwargs), mode)
         term = self._known.get(key)
         if term is None:
             term = self._known[key] = Term(op, args, kwargs, val)

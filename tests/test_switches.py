@@ -285,8 +285,8 @@ def test_mismatch(idiom: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
     def wrong(graph: torch.fx.Graph, detection: object) -> object:
         done = right(graph, detection)
-        (changed,) = (n for one in done for n in one.nodes if "relu" in str(n.target))
-        changed.op, changed.target, changed.args, changed.kwargs = "call_function", torch.tanh, changed.args[:1], {}
+        for node in (n for one in done for n in one.nodes if "relu" in str(n.target)):
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.tanh, node.args[:1], {}
         return done
 
     monkeypatch.setattr(moec.pipeline, "lower", wrong)

@@ -20,10 +20,19 @@ import contextlib
 import importlib
 
 from . import markers
-from .frames import forget_denied, is_ours, retrace_without
+from .frames import forget_denied, is_ours, retrace_without, trace_plainly
 from .seams import log, stamping
 
-__all__ = ["backend_ctx_ctor", "forget_denied", "install", "is_ours", "markers", "retrace_without", "stamping"]
+__all__ = [
+    "backend_ctx_ctor",
+    "forget_denied",
+    "install",
+    "is_ours",
+    "markers",
+    "retrace_without",
+    "trace_plainly",
+    "stamping",
+]
 
 _SEAMS = ("frames", "branches", "hits", "histogram", "watch", "loops", "counters")
 _installed: set[str] = set()

@@ -9,21 +9,22 @@ before the jump: if it is a count compared with nothing (a size, a number of tok
 are* tokens, and the assumption goes into the graph. Whoever rewrites the region must prove that the body does nothing
 for an expert without tokens.
 
-Not answered (breaks as before): branches that do something when there are no tokens (see `skips`), other comparisons, `all`, floats, NaN checks, integers that are no count by construction,
-`while` and `x and y` on tensors kept as values.
+Not answered (breaks as before): branches that do something when there are no tokens (see `skips`), other comparisons, `all`,
+floats, NaN checks, integers that are no count by construction, `while` and `x and y` on tensors kept as values.
 """
 
 # Dynamo's annotations are wider than the values it passes here.
 # mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import fx
 from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
-from torch._dynamo.variables import ConstantVariable, SymNodeVariable, VariableTracker
+from torch._dynamo.variables import BuiltinVariable, ConstantVariable, SymNodeVariable, VariableTracker
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from . import frames, markers
@@ -55,9 +56,19 @@ def _answering(original: Callable[..., None], keeps: bool) -> Callable[..., None
             answer = _answer(self, inst, self.stack[-1], keeps)
             if answer is not None:
                 self.stack[-1] = ConstantVariable.create(answer)
+            elif not keeps and _is_unknown_number(self.stack[-1]):
+                # `if n:` fails hard on an unknown size, where `if n != 0:` breaks the graph; they ask the same
+                call = BuiltinVariable(operator.ne).call_function
+                self.stack[-1] = call(self, [self.stack[-1], ConstantVariable.create(0)], {})
         original(self, inst)
 
     return jump
+
+
+def _is_unknown_number(value: VariableTracker) -> bool:
+    if not isinstance(value, SymNodeVariable) or not isinstance(value.sym_num, torch.SymInt):
+        return False
+    return bool(free_unbacked_symbols(value.sym_num)) and not _is_known(value.sym_num)
 
 
 def _answer(tx: InstructionTranslatorBase, inst: Instruction, value: VariableTracker, keeps: bool) -> bool | None:

@@ -8,10 +8,11 @@
 
 The marker says what was assumed, but the graph holds only `out / 8`: nobody could see there that 8 is part of the assumption. So
 loops in which something was assumed must leave the numbers, strings and flags alone that a later iteration or the code after
-the loop reads. If one has changed, the frame is traced again without the assumptions of this loop.
+the loop reads, attributes of objects, and what is not a tensor in lists and dicts. If one has changed, the frame is traced again
+without the assumptions of this loop.
 
-Not handled: loops left by `break`, loops in generators (Dynamo's own `enumerate` is one), `len()` of a list that the loop
-appended to.
+Not handled: loops left by `break`, loops in generators (Dynamo's own `enumerate` is one), `len()` of a list of tensors that the
+loop appended to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 
 from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
-from torch._dynamo.variables import ConstantVariable, VariableTracker
+from torch._dynamo.variables import ConstantVariable, ConstDictVariable, ListVariable, VariableTracker
 
 from . import frames
 from .liveness import is_generator, live_locals
@@ -40,23 +41,55 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
         if id(inst) not in begun or begun[id(inst)][0] is not iterator:
             # A loop over hit experts was assumed about just before it began.
             began = [place for place in frames.assumptions(self)[-1:] if place == frames.where(self)]
-            begun[id(inst)] = (iterator, _constants(self), len(frames.assumptions(self)) - len(began))
+            kept = (_constants(self), _attributes(self), _containers(self))
+            begun[id(inst)] = (iterator, kept, len(frames.assumptions(self)) - len(began))
         body = self.instruction_pointer
         original(self, inst)
         if self.instruction_pointer == body:
             return None
-        _, before, assumed = begun.pop(id(inst))
+        _, (before, attributes, containers), assumed = begun.pop(id(inst))
         places = set(frames.assumptions(self)[assumed:])
         if places:
             after = _constants(self)
             counting = [
                 name for name in live_locals(self.instructions, inst) & after.keys() if before.get(name) != after[name]
             ]
+            counting += sorted(
+                name for (_, name), value in _attributes(self).items() if attributes.get((_, name)) is not value
+            )
+            now = _containers(self)
+            counting += ["a list" for key, was in containers.items() if _remembers(now.get(key, was), was)]
             if counting:
                 frames.retrace_without(places, f"`{min(counting)}` counts or remembers which experts have tokens")
         return None
 
     return FOR_ITER
+
+
+def _attributes(tx: InstructionTranslatorBase) -> dict[tuple[int, str], object]:
+    """What has been assigned to attributes of objects so far."""
+    stored = getattr(tx.output.side_effects, "store_attr_mutations", {})
+    return {(id(item), name): value for item, values in stored.items() for name, value in values.items()}
+
+
+def _containers(tx: InstructionTranslatorBase) -> dict[int, tuple[VariableTracker, ...]]:
+    """The items of the lists and dicts that this frame or the user's objects hold."""
+    known = getattr(tx.output.side_effects, "id_to_variable", {})
+    found = {}
+    for value in (*tx.symbolic_locals.values(), *known.values()):
+        value = value.unwrap()
+        if isinstance(value, ListVariable):
+            found[id(value)] = tuple(value.items)
+        elif isinstance(value, ConstDictVariable):
+            found[id(value)] = (*(k.vt for k in value.items), *value.items.values())
+    return found
+
+
+def _remembers(items: tuple[VariableTracker, ...], before: tuple[VariableTracker, ...]) -> bool:
+    """Whether anything but tensors was added: those stay visible in the graph, a number does not."""
+    if items[: len(before)] != before:
+        return len(items) < len(before) or any(a is not b and not a.is_tensor() for a, b in zip(items, before))
+    return any(not item.is_tensor() for item in items[len(before) :])
 
 
 def _constants(tx: InstructionTranslatorBase) -> dict[str, object]:

@@ -27,6 +27,7 @@ from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from .seams import log, wrap
 
@@ -36,6 +37,8 @@ _INNER = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
 # Places denied so far, for the module whose forward is traced (or the code, for a plain function): a recompilation for
 # another shape must not repeat an assumption that has already failed.
 _denied: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
+# Frames that are traced without any of this, by the same key: the code objects.
+_plain: weakref.WeakKeyDictionary[object, set[object]] = weakref.WeakKeyDictionary()
 
 
 def is_ours(backend: object) -> bool:
@@ -97,9 +100,24 @@ def retrace_without(wheres: Iterable[str], reason: str = "no rewritten region di
     raise TensorifyScalarRestartAnalysis(restart_reason="moec: assumption not discharged")
 
 
+def trace_plainly(reason: str) -> NoReturn:
+    """Have Dynamo trace the current frame again without any help of ours: as for a backend that is not moec's.
+
+    Does not return: the exception it raises must reach Dynamo.
+    """
+    root = InstructionTranslator.current_tx().output.root_tx
+    _plain.setdefault(_owner(root), set()).add(root.f_code)
+    message = f"moec: {root.f_code.co_name} is traced again as plain torch.compile would: {reason}"
+    log.warning(message)
+    warnings.warn(message, stacklevel=2)
+    root.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="moec: tracing plainly")
+
+
 def forget_denied() -> None:
     """Allow all assumptions again (after `torch._dynamo.reset()`, in tests)."""
     _denied.clear()
+    _plain.clear()
 
 
 def _owner(root: InstructionTranslatorBase) -> object:
@@ -112,6 +130,7 @@ def _owner(root: InstructionTranslatorBase) -> object:
 
 
 def install() -> None:
+    wrap(InstructionTranslator, "run", _give_way)
     wrap(OutputGraph, "__init__", _mark_and_allow_unbacked)
     wrap(TensorVariable, "call_method", _allow_item)
 
@@ -120,13 +139,41 @@ def _mark_and_allow_unbacked(original: Callable[..., None]) -> Callable[..., Non
     signature = inspect.signature(original)
 
     def __init__(self: OutputGraph, *args: object, **kwargs: object) -> None:
-        self._moec_ours = is_ours(signature.bind(self, *args, **kwargs).arguments.get("compiler_fn"))
+        given = signature.bind(self, *args, **kwargs).arguments
+        self._moec_ours = is_ours(given.get("compiler_fn")) and not _is_plain(given)
         if not self._moec_ours:
             return original(self, *args, **kwargs)
         with dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
             return original(self, *args, **kwargs)
 
     return __init__
+
+
+def _is_plain(given: dict[str, object]) -> bool:
+    """Whether the frame of an OutputGraph (by its constructor's arguments) was given up by `trace_plainly`."""
+    code, scope = given.get("f_code"), given.get("local_scope")
+    owners = (scope.get("self"), code) if isinstance(scope, dict) else (code,)
+    for owner in owners:
+        try:
+            if code in _plain.get(owner, ()):
+                return True
+        except TypeError:  # not hashable, or no weak reference to it
+            continue
+    return False
+
+
+def _give_way(original: Callable[..., None]) -> Callable[..., None]:
+    """An unknown size that torch cannot trace on with is our doing: without our settings the graph would have broken before."""
+
+    def run(self: InstructionTranslator) -> None:
+        try:
+            return original(self)
+        except (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound) as fault:
+            if not ours(self):
+                raise
+            trace_plainly(f"torch cannot trace it in one graph ({type(fault).__name__})")
+
+    return run
 
 
 def _allow_item(original: Callable[..., VariableTracker]) -> Callable[..., VariableTracker]:

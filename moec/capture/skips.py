@@ -57,5 +57,8 @@ def _falls_into(tx: InstructionTranslatorBase, start: int, end: int) -> bool:
             return False
         if inst.target is not None and not start <= tx.indexof[inst.target] <= end:
             return False
-    last = next((tx.instructions[at] for at in range(end - 1, start - 1, -1) if tx.instructions[at].opname not in _NOTHING), None)
+    last = next(
+        (tx.instructions[at] for at in range(end - 1, start - 1, -1) if tx.instructions[at].opname not in _NOTHING),
+        None,
+    )
     return last is None or not (last.opname.startswith("JUMP") and "_IF_" not in last.opname)

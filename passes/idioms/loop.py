@@ -25,7 +25,7 @@ from moec.passes.idioms.common import Candidate, Found
 from moec.passes.normalise import Values
 from moec.passes.orders import LoopRows, Refused
 from moec.passes.roll import first_difference, hole_values
-from moec.passes.terms import Arg, Term, rank, same_size, shape
+from moec.passes.terms import Arg, Term, dtype, rank, same_size, shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,7 @@ class Link:
     source: Arg
     term: Term
     unique: bool  # written as read-add-write: right only if no row comes twice
+    steps: tuple[Term, ...] = ()  # between the write and what is added
 
 
 def link_of(term: Arg) -> Link | None:
@@ -49,15 +50,22 @@ def link_of(term: Arg) -> Link | None:
         base, (index,), source, accumulate = term.args
         if accumulate is True:
             return Link(base, index, source, term, False)
-        while isinstance(source, Term) and source.op == "cast":
+        steps: list[Term] = []
+        while isinstance(source, Term) and source.op == "cast" and _float(source) and _float(source.args[0]):
+            steps.append(source)
             source = source.args[0]
         if isinstance(source, Term) and source.op == "add" and source.args[2:] in ((), (1,)):
             for read, added in (source.args[:2], source.args[1::-1]):
                 if isinstance(read, Term) and read.op == "cast":
                     read = read.args[0]
                 if isinstance(read, Term) and read.op == "index" and read.args == (base, (index,)):
-                    return Link(base, index, added, term, True)
+                    return Link(base, index, added, term, True, (*steps, source))
     return None
+
+
+def _float(term: Arg) -> bool:
+    kind = dtype(term)
+    return kind is not None and kind.is_floating_point
 
 
 def candidates(values: Values) -> list[Candidate]:
@@ -123,7 +131,7 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
         repeats = mask.summed or any(link.unique for link in chain)
     else:
         repeats = False  # one id for each token
-    if repeats and not facts.ids_distinct(mask.root):
+    if repeats and not facts.ids_distinct(mask.root, mask.ids):
         raise Refused("a token may hold the same expert twice: its ids are not known to be indices of one topk", index)
     sizes, out, root = shape(mask.ids), shape(base), shape(mask.root)
     if sizes is None or out is None or root is None:
@@ -146,6 +154,7 @@ def prove(body: Body, chain: tuple[Link, ...]) -> Found | None:
     body.fact("each link adds the rows of its own expert, experts 0 to E-1 once each", chain[0].term)
     for link in chain:
         body.same_state_as_root(body.values.written_at.get(link.term) or link.term.node, link.term)
+        body.inner += link.steps
     expr = body.rows(source, LoopRows(mask), 1)
     return Found("loop over experts", expr)
 

@@ -18,7 +18,7 @@ from moec.passes.body import Body
 from moec.passes.idioms.common import Candidate, Found
 from moec.passes.normalise import Values
 from moec.passes.orders import LoopSlice, Order, Refused, Sorted, TokenMajor
-from moec.passes.terms import Term, children, shape
+from moec.passes.terms import Term, children, numel, same_size, shape
 
 
 def candidates(values: Values) -> list[Candidate]:
@@ -79,6 +79,9 @@ def prove_index_add(body: Body, term: Term) -> Found | None:
     if top_k is None:
         raise Refused("sorted rows are added at an index that is not known to be the token of the slot", index)
     leaves.sorted_by(body, order, term)
+    buffer, ids = shape(term.args[0]), shape(body.ids)
+    if buffer is None or ids is None or not same_size(buffer[0] * top_k, numel(ids)):
+        raise Refused("the buffer does not have one row for each token", term.args[0])
     expr = body.rows(source, Sorted(order), 1)
     if not body.heavy:
         _refuse_if_in_sight(body, source)
