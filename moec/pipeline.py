@@ -86,6 +86,15 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
             )
             skip.add(fault.region.root.name)
             continue
+        except Exception as fault:
+            if options.strict:
+                raise
+            log.error("moec: internal fault; the graph is left alone. Please report this.", exc_info=True)
+            sites += [
+                _refused(r.idiom, Refusal(f"internal fault: {fault!r}", str(r.root), r.location))
+                for r in detection.regions
+            ]
+            return Result(gm, failed + sites)
         work.graph.lint()
         work.recompile()
         for before, problem, done in zip(befores, problems, lowered):
@@ -157,7 +166,7 @@ def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.G
     held = {id(values.of[n]): n for n in inputs}
     same = {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
     behind = _cone(detection, {region.root, output}, set(same), region.root)
-    inputs += [n for n in behind if n.op in ("placeholder", "get_attr") and n not in inputs]
+    inputs += [n for n in gm.graph.nodes if n in behind and n.op in ("placeholder", "get_attr") and n not in inputs]
     try:
         return extract(gm, [n for n in gm.graph.nodes if n in behind], inputs, output, "Before", same)
     except Exception:
@@ -183,7 +192,9 @@ def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: 
 def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Problem | None, done: Lowered) -> Site:
     region = done.region
     inputs = {n for node in done.nodes for n in node.all_input_nodes if n not in done.nodes}
-    ordered = [n for n in gm.graph.nodes if n in inputs]
+    names = {node: name for node, name in done.names.items() if node in inputs}
+    rank = {n.name: i for i, n in enumerate(outer_nodes(region))}
+    ordered = sorted(inputs, key=lambda n: (rank.get(names.get(n, n.name), len(rank)), n.name))
     after = extract(gm, done.nodes, ordered, done.result, "After", names=done.names)
     site = Site(
         status="rewritten",
@@ -278,4 +289,7 @@ def rewrite(
         gm = _copy(gm)
         FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
     result = rewrite_graph(gm, ours)
+    refused = [s for s in result.sites if s.status == "refused" and s.idiom != "switched off"]
+    if ours.strict and refused:
+        raise StrictError(f"refused: {refused[0].reason}")
     return result.gm, result.sites

@@ -41,13 +41,13 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
         if id(inst) not in begun or begun[id(inst)][0] is not iterator:
             # A loop over hit experts was assumed about just before it began.
             began = [place for place in frames.assumptions(self)[-1:] if place == frames.where(self)]
-            kept = (_constants(self), _attributes(self), _containers(self))
+            kept = (_constants(self), _attributes(self), _objects(self), _containers(self))
             begun[id(inst)] = (iterator, kept, len(frames.assumptions(self)) - len(began))
         body = self.instruction_pointer
         original(self, inst)
         if self.instruction_pointer == body:
             return None
-        _, (before, attributes, containers), assumed = begun.pop(id(inst))
+        _, (before, attributes, objects, containers), assumed = begun.pop(id(inst))
         places = set(frames.assumptions(self)[assumed:])
         if places:
             after = _constants(self)
@@ -55,7 +55,9 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
                 name for name in live_locals(self.instructions, inst) & after.keys() if before.get(name) != after[name]
             ]
             counting += sorted(
-                name for (_, name), value in _attributes(self).items() if attributes.get((_, name)) is not value
+                name
+                for (item, name), value in _attributes(self).items()
+                if item in objects and attributes.get((item, name)) is not value
             )
             now = _containers(self)
             counting += ["a list" for key, was in containers.items() if _remembers(now.get(key, was), was)]
@@ -67,9 +69,16 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _attributes(tx: InstructionTranslatorBase) -> dict[tuple[int, str], object]:
-    """What has been assigned to attributes of objects so far."""
+    """What has been assigned so far to attributes of objects and to cells, by the object's variable."""
     stored = getattr(tx.output.side_effects, "store_attr_mutations", {})
     return {(id(item), name): value for item, values in stored.items() for name, value in values.items()}
+
+
+def _objects(tx: InstructionTranslatorBase) -> set[int]:
+    """The objects that Dynamo knows so far."""
+    effects = tx.output.side_effects
+    known = getattr(effects, "id_to_variable", {})
+    return {id(v) for v in (*known.values(), *getattr(effects, "store_attr_mutations", {}))}
 
 
 def _containers(tx: InstructionTranslatorBase) -> dict[int, tuple[VariableTracker, ...]]:

@@ -61,10 +61,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# AOTAutograd itself copies where eager's dropout returns its input: `backend="aot_eager"` differs from eager just so
+TORCHS_OWN = {("input_written_through_dropout_in_eval", "aot_eager")}
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("of", ATTACKS, ids=lambda of: of.name)
 @pytest.mark.filterwarnings("ignore:moec. traced again")
 def test_equals_eager(of: Attack, inner: str, poison: None) -> None:
+    if (of.name, inner) in TORCHS_OWN:
+        pytest.skip("torch's own aot_eager differs from eager here")
     module = Program(of)
     report._recent.clear()
     compiled = torch.compile(module, backend="moec", options={"moec.inner": inner, "moec.verify": of.verify})
