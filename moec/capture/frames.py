@@ -27,6 +27,7 @@ from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
+from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from .seams import log, wrap
@@ -37,8 +38,8 @@ _INNER = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
 # Places denied so far, for the module whose forward is traced (or the code, for a plain function): a recompilation for
 # another shape must not repeat an assumption that has already failed.
 _denied: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-# Frames that are traced without any of this, by the same key: the code objects.
-_plain: weakref.WeakKeyDictionary[object, set[object]] = weakref.WeakKeyDictionary()
+# Frames that are traced without any of this, by the same key: the code objects, each for one compilation (another shape may do).
+_plain: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakKeyDictionary()
 
 
 def is_ours(backend: object) -> bool:
@@ -100,13 +101,14 @@ def retrace_without(wheres: Iterable[str], reason: str = "no rewritten region di
     raise TensorifyScalarRestartAnalysis(restart_reason="moec: assumption not discharged")
 
 
-def trace_plainly(reason: str) -> NoReturn:
+def trace_plainly(reason: str, root: InstructionTranslator | None = None) -> NoReturn:
     """Have Dynamo trace the current frame again without any help of ours: as for a backend that is not moec's.
 
     Does not return: the exception it raises must reach Dynamo.
     """
-    root = InstructionTranslator.current_tx().output.root_tx
-    _plain.setdefault(_owner(root), set()).add(root.f_code)
+    if root is None:
+        root = InstructionTranslator.current_tx().output.root_tx
+    _plain.setdefault(_owner(root), {})[root.f_code] = CompileContext.current_compile_id()
     message = f"moec: {root.f_code.co_name} is traced again as plain torch.compile would: {reason}"
     log.warning(message)
     warnings.warn(message, stacklevel=2)
@@ -155,7 +157,7 @@ def _is_plain(given: dict[str, object]) -> bool:
     owners = (scope.get("self"), code) if isinstance(scope, dict) else (code,)
     for owner in owners:
         try:
-            if code in _plain.get(owner, ()):
+            if code in (given_up := _plain.get(owner, {})) and given_up[code] == CompileContext.current_compile_id():
                 return True
         except TypeError:  # not hashable, or no weak reference to it
             continue
@@ -171,7 +173,7 @@ def _give_way(original: Callable[..., None]) -> Callable[..., None]:
         except (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound) as fault:
             if not ours(self):
                 raise
-            trace_plainly(f"torch cannot trace it in one graph ({type(fault).__name__})")
+            trace_plainly(f"torch cannot trace it in one graph ({type(fault).__name__})", self)
 
     return run
 
