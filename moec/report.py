@@ -50,7 +50,9 @@ def _lines(report: Report) -> list[str]:
     graphs = f"{len(report.graphs)} graph{'s' if len(report.graphs) != 1 else ''}"
     breaks = f"{report.graph_breaks} graph break{'s' if report.graph_breaks != 1 else ''}"
     lines = [f"moec: {len(rewritten)} of {len(report.sites)} MoE sites rewritten ({graphs}, {breaks})"]
-    if not report.sites:
+    if not report.graphs:
+        lines.append("Dynamo captured no graph: a break inside a loop or a context left the whole frame to eager.")
+    elif not report.sites:
         lines.append("No MoE dispatch was found: nothing was changed, the model compiles as under Inductor.")
     rows: list[tuple[str, ...]] = [COLUMNS]
     for i, s in enumerate(report.sites):

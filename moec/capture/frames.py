@@ -101,7 +101,7 @@ def retrace_without(wheres: Iterable[str], reason: str = "no rewritten region di
     raise TensorifyScalarRestartAnalysis(restart_reason="moec: assumption not discharged")
 
 
-def trace_plainly(reason: str, root: InstructionTranslator | None = None) -> NoReturn:
+def trace_plainly(reason: str, root: InstructionTranslatorBase | None = None) -> NoReturn:
     """Have Dynamo trace the current frame again without any help of ours: as for a backend that is not moec's.
 
     Does not return: the exception it raises must reach Dynamo.
