@@ -302,6 +302,11 @@ class Values:
             and args[4] in (None, 1)
         ):
             return x
+        if name == "slice" and _takes_one(args) and isinstance(x, Term) and is_tensor(x.val) and is_tensor(val):
+            dim = _positive(args[1], x)
+            kept = (*x.val.shape[:dim], *x.val.shape[dim + 1 :])
+            one = self.make("select", (x, dim, args[2]), (), Meta(kept, x.val.dtype, x.val.device))
+            return self._reshape(one, val)
         if name == "narrow":
             start, length = args[2], args[3]
             if isinstance(start, int) and isinstance(length, int):
@@ -505,6 +510,15 @@ def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
     text = "".join(kinds)
     first, last = text.find("a"), text.rfind("a")
     return first >= 0 and "s" not in text[first:last] and "n" not in text[first:last]
+
+
+def _takes_one(args: tuple[Arg, ...]) -> bool:
+    """Whether a slice (x, dim, start, end, step) is one entry, surely inside the dim."""
+    x, dim, start, end, step = args
+    if not (isinstance(x, Term) and is_tensor(x.val)) or not all(isinstance(a, int) for a in (dim, start, end)):
+        return False
+    size = x.val.shape[dim]
+    return step in (1, None) and end == start + 1 and isinstance(size, int) and 0 <= start < size
 
 
 def _without_unit_tail(x: Arg) -> Term | None:
