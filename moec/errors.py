@@ -13,7 +13,3 @@ class OptionError(MoecError, ValueError):
 
 class StrictError(MoecError, RuntimeError):
     """With `moec.strict`: something that would otherwise only have been reported (a refused site, an internal fault)."""
-
-
-class VerificationError(MoecError, AssertionError):
-    """A rewritten region that does not agree with the original."""

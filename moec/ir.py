@@ -182,7 +182,6 @@ class MoERegion:
     body: Expr
     root: fx.Node
     root_readers: tuple[tuple[fx.Node, fx.Node], ...]  # (user, argument): every read of the routed sum
-    interior: frozenset[fx.Node]  # what only the root needs, and goes when it goes
     clamp_ids: bool  # out-of-range ids read the nearest expert (batched_mm) instead of contributing nothing
     check_ids: bool  # the original raises on ids that are out of range, and so must the rewrite
     out_dtype: torch.dtype

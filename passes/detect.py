@@ -8,12 +8,12 @@ nothing inside the region may be read outside, its state (grad mode, autocast) m
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from moec.fx import Ambient, Buffers, ambient_states, ancestors, is_assert, live_nodes, target_name
+from moec.fx import Ambient, Buffers, ambient_states, ancestors, is_assert, live_nodes, target_name, value
 from moec.ir import Expr, GroupedLinear, MoERegion, Outer, Refusal, Separate, expressions
 from moec.passes import facts
 from moec.passes.body import Body
@@ -135,7 +135,6 @@ def _region(candidate: Candidate, idiom: str, expr: Expr, body: Body, states: di
         body=expr,
         root=candidate.at,
         root_readers=readers,
-        interior=frozenset(),
         clamp_ids=body.clamp_ids,
         check_ids=body.check_ids,
         out_dtype=out_dtype,
@@ -187,17 +186,19 @@ def _isolated(
         if (aliased := _read_while_written(values, p)) is not None:
             proven = [q for q in proven if q is not p]
             refused.append((p.region.idiom, aliased))
+    assumed = [m for m in graph.nodes if is_marker(m)]
+    discharged = {id(p): frozenset(m for m in assumed if _discharges(values, m, p)) for p in proven}
     while True:
-        markers = frozenset(m for m in graph.nodes if is_marker(m) and any(_discharges(values, m, p) for p in proven))
+        markers = frozenset().union(*(discharged[id(p)] for p in proven))
         dead = _dead(graph, buffers, proven, markers)
         for p in proven:
-            escape = _escape(values, p, dead) or _other_effect(graph, values, p, markers, dead)
+            escape = _escape(values, p, dead) or _other_effect(graph, values, p, discharged[id(p)], dead)
             if escape is not None:
                 refused.append((p.region.idiom, escape))
                 proven = [q for q in proven if q is not p]
                 break
         else:
-            return [_with_interior(p, dead, values) for p in proven], refused, dead, markers
+            return proven, refused, dead, markers
 
 
 def _dead(graph: fx.Graph, buffers: Buffers, proven: list[_Proven], markers: frozenset[fx.Node]) -> frozenset[fx.Node]:
@@ -229,7 +230,7 @@ def _dead(graph: fx.Graph, buffers: Buffers, proven: list[_Proven], markers: fro
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("example_value", node.meta.get("val")), (torch.Tensor, tuple, list))
+    return isinstance(value(node), (torch.Tensor, tuple, list))
 
 
 def _escape(values: Values, p: _Proven, dead: frozenset[fx.Node]) -> Refusal | None:
@@ -248,10 +249,9 @@ def _other_effect(
     graph: fx.Graph, values: Values, p: _Proven, markers: frozenset[fx.Node], dead: frozenset[fx.Node]
 ) -> Refusal | None:
     """Under an assumption, the loop may do nothing but add to the sum: what else it did was done for every expert."""
-    own = [values.position[m] for m in markers if _discharges(values, m, p)]
-    if not own:
+    if not markers:
         return None
-    first, last = min(own), values.position[p.region.root]
+    first, last = min(values.position[m] for m in markers), values.position[p.region.root]
     inputs = outer_nodes(p.region)
     allowed = set(inputs).union(*(ancestors(n) for n in inputs))
     writers = {w for group in values.writes.values() for w in group}
@@ -316,12 +316,6 @@ def _feeds_only(node: fx.Node, writers: set[fx.Node]) -> bool:
             return False
         work.extend(n.users)
     return True
-
-
-def _with_interior(p: _Proven, dead: frozenset[fx.Node], values: Values) -> _Proven:
-    inside = ancestors(p.region.root, frozenset(outer_nodes(p.region))) | {p.region.root}
-    interior = frozenset(n for n in inside if n in dead)
-    return replace(p, region=replace(p.region, interior=interior))
 
 
 # -- markers and near misses ---------------------------------------------------------------------------------------------
@@ -442,7 +436,7 @@ def _reads_weights(user: fx.Node) -> bool:
         user.args[0], fx.Node
     ):
         return False
-    source = user.args[0].meta.get("example_value", user.args[0].meta.get("val"))
+    source = value(user.args[0])
     return user.args[0].op in ("placeholder", "get_attr") and isinstance(source, torch.Tensor) and source.ndim >= 3
 
 

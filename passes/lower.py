@@ -35,7 +35,7 @@ from moec.ir import (
     TokenRows,
     reshape_features,
 )
-from moec.passes.detect import Detection, is_marker
+from moec.passes.detect import Detection
 
 OPS = torch.ops.moec
 
@@ -229,8 +229,3 @@ def propagate(node: fx.Node) -> None:
 def _dtype(node: fx.Node) -> torch.dtype | None:
     known = value(node)
     return known.dtype if isinstance(known, torch.Tensor) else None
-
-
-def markers_left(graph: fx.Graph) -> list[fx.Node]:
-    """Assumptions of capture that no region discharged."""
-    return [n for n in graph.nodes if is_marker(n)]

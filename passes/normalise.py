@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from moec.fx import ambient_states
+from moec.fx import value as fake_value
 from moec.passes.spelling import (
     CASTS,
     FRESH,
@@ -480,7 +481,7 @@ class _Unbound(Exception):
 def _val(node: object) -> object:
     if not isinstance(node, fx.Node):
         return None
-    return node.meta.get("example_value", node.meta.get("val"))
+    return fake_value(node)
 
 
 def _size(s: object) -> object:

@@ -19,6 +19,8 @@ from typing import TypeGuard
 import torch
 from torch import fx
 
+from moec.fx import value
+
 Value = torch.Tensor | int
 LARGEST = 1 << 26  # elements of all inputs together, above which "sample" leaves a region out
 
@@ -69,7 +71,7 @@ def verify(
     the site.
     """
     holders = [n for n in before.graph.nodes if n.op == "placeholder"]
-    vals = {n.name: n.meta.get("example_value", n.meta.get("val")) for n in holders}
+    vals = {n.name: value(n) for n in holders}
     shapes = {name: tuple(map(_hint, v.shape)) for name, v in vals.items() if isinstance(v, torch.Tensor)}
     if any(not isinstance(v, (torch.Tensor, torch.SymInt, int)) for v in vals.values()):
         return "not verified: an input is neither a tensor nor a size"
