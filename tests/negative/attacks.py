@@ -427,3 +427,17 @@ def hit_experts_in_an_attribute(x, gate, up, down):
         count.hits += 1
         out.index_add_(0, token, mlp(x[token], up[e], down[e]) * topk_weights[token, slot, None])
     return out * count.hits
+
+
+@attack(same=True)
+def hit_experts_in_a_buffer(x, gate, up, down):
+    # a tensor remembers which experts ran: under the assumption it would remember all of them
+    topk_ids, topk_weights = route(x, gate)
+    out, seen = torch.zeros_like(x), x.new_zeros(E)
+    for e in range(E):
+        token, slot = torch.where(topk_ids == e)
+        if token.numel() == 0:
+            continue
+        seen[e] = 1
+        out.index_add_(0, token, mlp(x[token], up[e], down[e]) * topk_weights[token, slot, None])
+    return out * seen.sum()
