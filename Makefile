@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "== torch first, so that nothing else chooses its version"
 	$(PIP) setuptools wheel torch
 	@echo "== moec and what its tests need"
-	$(PIP) --no-build-isolation -e '.[dev,hf]'
+	$(PIP) --no-build-isolation -e '.[dev,hf,scaling]'
 	@touch $@
 
 demo: $(READY)

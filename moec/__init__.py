@@ -14,8 +14,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "explain": "moec.inspect",
     "rewrite": "moec.pipeline",
+    "granularity_of": "moec.granularity",
+    "declare": "moec.declaration",
 }
-_SUBMODULES = ("ops",)
+_SUBMODULES = ("nn", "ops", "placement", "scaling")
 
 __all__ = [*_PUBLIC, *_SUBMODULES]
 

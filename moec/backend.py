@@ -48,7 +48,9 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, object] | None = None,
     ) -> Compiled:
-        """Compiles one graph. Raises `OptionError` for options nobody knows, `StrictError` with `moec.strict`."""
+        """Compiles one graph. Raises `OptionError` for options nobody knows, `StrictError` with `moec.strict`, and
+        `DeclarationError` for a declared module in which nothing could be rewritten.
+        """
         ours, rest = split({**self._fixed, **(options or {})})
         check_inner(rest, ours.inner)
         check_mode(mode)
@@ -58,10 +60,13 @@ class Backend:
             refused = [s for s in result.sites if s.status == "refused"]
             given_up = refused or [_unexplained(where) for where in sorted(left)]
             self._tell(Result(result.gm, given_up, superseded=True))
+            capture.promises.note(given_up)
             if ours.strict:
                 raise StrictError(f"assumptions of capture that no site explains: {', '.join(sorted(left))}")
             capture.retrace_without(left)  # does not return: Dynamo traces the frame again
         self._tell(result)
+        capture.promises.note(result.sites)
+        capture.promises.settle(result.returned, result.sites)
         unknown = has_unknown_sizes(result.gm)
         try:
             with nullcontext() if unknown else torch_defaults(result.gm):

@@ -13,3 +13,15 @@ class OptionError(MoecError, ValueError):
 
 class StrictError(MoecError, RuntimeError):
     """With `moec.strict`: something that would otherwise only have been reported (a refused site, an internal fault)."""
+
+
+class GranularityError(MoecError, ValueError):
+    """Sizes of experts that contradict each other, or that a model or config does not tell."""
+
+
+class DeclarationError(MoecError, RuntimeError):
+    """A promise about experts that cannot be made (`moec.declare`) or that the compiler cannot keep."""
+
+
+class DeclarationWarning(UserWarning):
+    """In place of DeclarationError, where the promise was made with `on_refusal="warn"`."""

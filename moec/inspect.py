@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from moec import capture
 from moec.backend import Backend
 from moec.pipeline import Result
 from moec.report import Report
@@ -16,11 +17,12 @@ def explain(model: Callable[..., object], *args: object, **kwargs: object) -> Re
     """Runs `model(*args, **kwargs)` once under moec and says what was found and what was done.
 
     The rewritten graphs run without Inductor, so this takes about as long as tracing. The model keeps its state as after any
-    forward. Options: those of the environment (`MOEC_DISABLE`); verification as by default ("sample").
+    forward. A promise (`moec.declare`) that cannot be kept is told, not raised. Options: those of the environment
+    (`MOEC_DISABLE`); verification as by default ("sample").
     """
     kept: list[Result] = []
     compiled = torch.compile(model, backend=Backend({"moec.inner": "eager"}, kept))
-    with _count_breaks() as breaks:
+    with _count_breaks() as breaks, capture.promises.listening() as broken:
         compiled(*args, **kwargs)
     report = Report(graphs=[r.gm for r in kept if not r.superseded])
     told = set()
@@ -31,6 +33,7 @@ def explain(model: Callable[..., object], *args: object, **kwargs: object) -> Re
         told.add((site.location, site.reason))
     report.break_reasons = breaks
     report.graph_breaks = len(breaks)
+    report.broken_promises = list(dict.fromkeys(broken))
     return report
 
 

@@ -208,11 +208,33 @@ class Problem:
     training: bool
     stacked: bool
     bias: bool = False
+    granularity: float | None = None  # as declared; None: nobody said
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a user promised about a module with `moec.declare`: it holds experts, of this granularity G = d_ff / d_expert."""
+
+    name: str
+    location: str  # "file:line" of the promise
+    granularity: float | None
+    d_ff: int | None
+    on_refusal: str  # "error" | "warn"
+
+    def granularity_of(self, d_expert: int | None) -> float | None:
+        """The declared G, or what follows from the declared d_ff; None where neither is known."""
+        if self.granularity is not None or self.d_ff is None or d_expert is None:
+            return self.granularity
+        return self.d_ff / d_expert
 
 
 @dataclass(eq=False)
 class Site:
-    """What happened to one MoE layer, for `moec.explain`. `granularity` assumes d_ff = 4 * d_model unless declared."""
+    """What happened to one MoE layer, for `moec.explain`. `granularity` assumes d_ff = 4 * d_model unless declared.
+
+    `declared` names the module whose user promised that it holds experts, the innermost if there are several; `within` are all
+    such modules around the site, by token (see `moec.capture.promises`), outermost first.
+    """
 
     status: str  # "rewritten" | "refused"
     idiom: str
@@ -229,3 +251,5 @@ class Site:
     after: fx.GraphModule | None = field(default=None, repr=False)
     facts: tuple[Fact, ...] = field(default=(), repr=False)
     verified: str | None = None
+    declared: str | None = None
+    within: tuple[str, ...] = field(default=(), repr=False)

@@ -1,9 +1,9 @@
 """The way from a captured graph to a rewritten one, as one visible list of steps.
 
-    detect -> schedule -> cut out "before" -> lower -> cut out "after" -> verify
+    declarations -> detect -> schedule -> cut out "before" -> lower -> cut out "after" -> verify
 
 `rewrite_graph` works on a copy, so that a mismatch or a fault leaves the original as it was. Graphs called by higher-order ops
-(checkpoint bodies) are walked too.
+(checkpoint bodies) are walked too. What was declared is taken out first: layers of `moec.nn` become sites as they are.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import fx
 
 from moec import schedule
+from moec.capture import promises
+from moec.capture.declared import take_declarations
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
 from moec.fx import extract, value
-from moec.ir import GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
+from moec.ir import Declaration, GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
 from moec.passes import facts
 from moec.passes.detect import Detection, detect, outer_nodes
 from moec.passes.lower import Lowered, LoweringFault, lower
@@ -31,10 +34,11 @@ log = logging.getLogger("moec")
 
 @dataclass(eq=False)
 class Result:
-    """A rewritten graph and what happened to each site."""
+    """A rewritten graph, what happened to each site, and the declared modules whose whole call it holds (by token)."""
 
     gm: fx.GraphModule
     sites: list[Site] = field(default_factory=list)
+    returned: list[str] = field(default_factory=list)
     superseded: bool = False  # Dynamo traces the frame again, and another result takes this one's place
 
 
@@ -47,14 +51,17 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, verified: dict[str, str]
             inner = rewrite_graph(child, options, verified)
             setattr(result.gm, name, inner.gm)
             result.sites += inner.sites
+            result.returned += inner.returned
     return result
 
 
 def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str]) -> Result:
     skip: set[str] = set()
     failed: list[Site] = []
+    gm, declared, returned = take_declarations(gm, _copy)
     if options.disable is True:
         return Result(gm)
+    position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     while True:  # again from the start, without the regions that turned out wrong
         work = _copy(gm)
         detection = detect(work.graph, options.strict)
@@ -62,12 +69,12 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         left = off + [r for r in detection.regions if r.root.name in skip]
         if left:
             detection = detect(work.graph, options.strict, leave=frozenset(r.root.name for r in left))
-        sites = [_refused(idiom, r) for idiom, r in detection.refusals]
-        sites += [
-            _refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location)) for r in off
-        ]
+        nodes = {node.name: node for node in work.graph.nodes}
+        sites = [_refused(idiom, r, promises.around(nodes.get(r.node))) for idiom, r in detection.refusals]
+        sites += [_refused_region(detection, r, "moec.disable names this site", "switched off") for r in off]
         befores = [_before(work, detection, r) for r in detection.regions]
-        problems = [_problem(r) for r in detection.regions]
+        withins = [_within(detection, r) for r in detection.regions]
+        problems = [_problem(r, _promise(within)) for r, within in zip(detection.regions, withins)]
         try:
             lowered = lower(work.graph, detection)
         except LoweringFault as fault:
@@ -78,30 +85,25 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
                 fault.region.location,
                 exc_info=True,
             )
-            failed.append(
-                _refused(
-                    fault.region.idiom,
-                    Refusal(f"internal fault: {fault}", str(fault.region.root), fault.region.location),
-                )
-            )
+            failed.append(_refused_region(detection, fault.region, f"internal fault: {fault}"))
             skip.add(fault.region.root.name)
             continue
         except Exception as fault:
             if options.strict:
                 raise
             log.error("moec: internal fault; the graph is left alone. Please report this.", exc_info=True)
-            sites += [
-                _refused(r.idiom, Refusal(f"internal fault: {fault!r}", str(r.root), r.location))
-                for r in detection.regions
-            ]
-            return Result(gm, failed + sites)
+            sites += [_refused_region(detection, r, f"internal fault: {fault!r}") for r in detection.regions]
+            return Result(gm, failed + sites + [site for _, site in declared], returned)
         work.graph.lint()
         work.recompile()
-        for before, problem, done in zip(befores, problems, lowered):
-            sites.append(_rewritten(work, before, problem, done))
-        wrong = _verify(detection, sites, options, verified) if options.verify != "off" else []
+        done = [
+            _rewritten(work, before, problem, within, low)
+            for before, problem, within, low in zip(befores, problems, withins, lowered)
+        ]
+        wrong = _verify(detection, done, options, verified) if options.verify != "off" else []
         if not wrong:
-            return Result(work, failed + sites)
+            placed = [(position[r.root.name], site) for r, site in zip(detection.regions, done)]
+            return Result(work, failed + sites + [s for _, s in sorted(placed + declared, key=itemgetter(0))], returned)
         for name, site in wrong:
             skip.add(name)
             failed.append(site)
@@ -119,28 +121,50 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
-def _refused(idiom: str, refusal: Refusal) -> Site:
-    return Site(status="refused", idiom=idiom, location=refusal.location, reason=str(refusal))
+def _refused(idiom: str, refusal: Refusal, within: tuple[str, ...]) -> Site:
+    site = Site(status="refused", idiom=idiom, location=refusal.location, reason=str(refusal), within=within)
+    if (promise := _promise(within)) is not None:
+        site.declared = promise.name
+        site.granularity, site.granularity_assumed = promise.granularity, False
+    return site
 
 
-def _problem(region: MoERegion) -> Problem | None:
+def _refused_region(detection: Detection, region: MoERegion, missing: str, idiom: str | None = None) -> Site:
+    refusal = Refusal(missing, str(region.root), region.location)
+    return _refused(idiom or region.idiom, refusal, _within(detection, region))
+
+
+def _within(detection: Detection, region: MoERegion) -> tuple[str, ...]:
+    """The declared modules that compute any part of a region, those around its root first."""
+    inside = _cone(detection, {region.root}, set(_held(detection, outer_nodes(region))), region.root)
+    return promises.around(region.root, *sorted(inside, key=detection.values.position.__getitem__))
+
+
+def _promise(within: tuple[str, ...]) -> Declaration | None:
+    """The innermost declaration."""
+    return next((d for token in reversed(within) if (d := promises.declaration_of(token)) is not None), None)
+
+
+def _problem(region: MoERegion, promise: Declaration | None) -> Problem | None:
     products = [e for e in expressions(region.body) if isinstance(e, GroupedLinear)]
     inner, outer = _weight_shape(products[-1]), _weight_shape(products[0])
     x = value(region.x) if region.x is not None else None
     if inner is None or outer is None:
         return None
     tokens = x.shape[0] if isinstance(x, torch.Tensor) and isinstance(x.shape[0], int) else None
+    d_expert = outer[1] if len(products) > 1 else inner[0]
     return Problem(
         num_tokens=tokens,
         top_k=region.top_k,
         num_experts=region.num_experts,
         d_model=inner[1],
-        d_expert=outer[1] if len(products) > 1 else inner[0],
+        d_expert=d_expert,
         dtype=inner[2],
         device=inner[3],
         training=torch.is_grad_enabled(),
         stacked=not isinstance(products[0].weight, Separate),
         bias=any(p.bias is not None for p in products),
+        granularity=promise.granularity_of(d_expert) if promise is not None else None,
     )
 
 
@@ -161,10 +185,7 @@ def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.G
     """The original region, from the nodes it reads to its root."""
     inputs = outer_nodes(region)
     output = region.root_readers[0][1] if region.root_readers else region.root
-    # two nodes may hold the same value (x viewed twice): both are the input
-    values = detection.values
-    held = {id(values.of[n]): n for n in inputs}
-    same = {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
+    same = _held(detection, inputs)
     behind = _cone(detection, {region.root, output}, set(same), region.root)
     inputs += [n for n in gm.graph.nodes if n in behind and n.op in ("placeholder", "get_attr") and n not in inputs]
     try:
@@ -172,6 +193,13 @@ def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.G
     except Exception:
         log.debug("moec: could not cut out %s", region.root, exc_info=True)
         return None
+
+
+def _held(detection: Detection, inputs: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The input whose value a node holds: two nodes may hold the same (x viewed twice), and then both are that input."""
+    values = detection.values
+    held = {id(values.of[n]): n for n in inputs}
+    return {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
 
 
 def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: fx.Node) -> set[fx.Node]:
@@ -189,7 +217,9 @@ def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: 
     return found
 
 
-def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Problem | None, done: Lowered) -> Site:
+def _rewritten(
+    gm: fx.GraphModule, before: fx.GraphModule | None, problem: Problem | None, within: tuple[str, ...], done: Lowered
+) -> Site:
     region = done.region
     inputs = {n for node in done.nodes for n in node.all_input_nodes if n not in done.nodes}
     names = {node: name for node, name in done.names.items() if node in inputs}
@@ -205,20 +235,22 @@ def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Probl
         before=before,
         after=after,
         facts=region.facts,
+        declared=promise.name if (promise := _promise(within)) is not None else None,
+        within=within,
     )
     if problem is not None:
         site.d_model, site.d_expert = problem.d_model, problem.d_expert
-        site.granularity = 4 * problem.d_model / problem.d_expert
+        site.granularity_assumed = problem.granularity is None
+        site.granularity = problem.granularity or 4 * problem.d_model / problem.d_expert
         site.strategy = schedule.describe(problem)
     return site
 
 
 def _verify(
-    detection: Detection, sites: list[Site], options: Options, verified: dict[str, str]
+    detection: Detection, done: list[Site], options: Options, verified: dict[str, str]
 ) -> list[tuple[str, Site]]:
     """The regions that are wrong; their sites say so. Equal regions are checked once unless everything is asked for."""
     wrong = []
-    done = [s for s in sites if s.status == "rewritten"]
     for region, site in zip(detection.regions, done):
         if site.before is None or site.after is None:
             site.verified = "not verified: the region could not be cut out"
@@ -244,9 +276,7 @@ def _verify(
             log.error("moec: %s (%s)", message, region.location)
             if options.strict:
                 raise StrictError(message)
-            wrong.append(
-                (region.root.name, _refused(region.idiom, Refusal(message, str(region.root), region.location)))
-            )
+            wrong.append((region.root.name, _refused_region(detection, region, message)))
             continue
         site.verified = verified[key] = outcome
     return wrong

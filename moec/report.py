@@ -30,12 +30,15 @@ def last_sites() -> list[Site]:
 
 @dataclass(eq=False)
 class Report:
-    """One forward under moec. `graphs` are the rewritten graphs, readable and runnable."""
+    """One forward under moec. `graphs` are the rewritten graphs, readable and runnable; `broken_promises` tells of each declared
+    module in which nothing was rewritten, and why.
+    """
 
     graphs: list[fx.GraphModule] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     graph_breaks: int = 0
     break_reasons: list[str] = field(default_factory=list)
+    broken_promises: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -75,11 +78,16 @@ def _lines(report: Report) -> list[str]:
         lines += ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
     if any(s.granularity is not None and s.granularity_assumed for s in report.sites):
         lines.append("* granularity G = d_ff / d_expert, assuming d_ff = 4 * d_model")
-    lines += [f"refused: {s.reason}" for s in dict.fromkeys(refused)]
+    lines += [f"refused{_declared(s)}: {s.reason}" for s in dict.fromkeys(refused)]
     checks = dict.fromkeys(s.verified for s in rewritten if s.verified)
     lines += [f"verify: {c}" for c in checks]
     lines += [f"graph break: {reason.splitlines()[0]}" for reason in dict.fromkeys(report.break_reasons)]
+    lines += [f"promise not kept: {told}" for told in report.broken_promises]
     return lines
+
+
+def _declared(site: Site) -> str:
+    return f" in {site.declared}, declared to hold experts" if site.declared is not None else ""
 
 
 def _short(location: str) -> str:

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A package stands for everything in it.
 LAYERS = (
-    ("errors", "config", "ir"),
+    ("errors", "config", "ir", "granularity"),
     ("fx", "ops"),
     ("capture", "schedule", "kernels", "placement", "models"),
     ("passes",),
     ("pipeline", "report", "verify", "parallel"),
-    ("backend", "nn", "scaling"),
-    ("testing", "cli", "inspect"),
+    ("backend", "declaration", "nn"),
+    ("scaling", "testing", "cli", "inspect"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

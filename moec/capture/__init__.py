@@ -9,6 +9,7 @@ Everything that leans on Dynamo's internals lives in this package, one file per 
     loops       equal iterations are stamped instead of traced (lesson, stamp, twins, fakes, watch, indices, liveness, trees)
     counters    Python numbers that depend on an assumption
     markers     what the graph remembers of all this
+    promises    was a module given to moec.declare rewritten?
 
 A backend says that it is moec's by the attribute `_moec_backend = True`; nothing changes for other backends and eager code.
 A seam that this torch does not have stays off, and is logged once.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 
-from . import markers
+from . import markers, promises
 from .frames import forget_denied, is_ours, retrace_without, trace_plainly
 from .seams import log, stamping
 
@@ -29,12 +30,13 @@ __all__ = [
     "install",
     "is_ours",
     "markers",
+    "promises",
     "retrace_without",
     "trace_plainly",
     "stamping",
 ]
 
-_SEAMS = ("frames", "branches", "hits", "histogram", "watch", "loops", "counters")
+_SEAMS = ("frames", "branches", "hits", "histogram", "watch", "loops", "counters", "promises")
 _installed: set[str] = set()
 
 
