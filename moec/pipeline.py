@@ -19,7 +19,7 @@ from torch import fx
 from moec import schedule
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
-from moec.fx import extract, value
+from moec.fx import extract, graph_module, value
 from moec.ir import GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
 from moec.passes import facts
 from moec.passes.detect import Detection, detect, outer_nodes
@@ -114,7 +114,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     graph.output(output).meta = dict(last.meta)
     graph._codegen = copy.deepcopy(gm.graph._codegen)
-    made = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    made = graph_module(gm, graph, type(gm).__name__)
     made.meta = dict(gm.meta)
     return made
 
