@@ -67,6 +67,7 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
             _refused("switched off", Refusal("moec.disable names this site", str(r.root), r.location)) for r in off
         ]
         befores = [_before(work, detection, r) for r in detection.regions]
+        derived = [_derived(detection, r) for r in detection.regions]
         problems = [_problem(r) for r in detection.regions]
         try:
             lowered = lower(work.graph, detection)
@@ -97,8 +98,8 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
             return Result(gm, failed + sites)
         work.graph.lint()
         work.recompile()
-        for before, problem, done in zip(befores, problems, lowered):
-            sites.append(_rewritten(work, before, problem, done))
+        for before, first, problem, done in zip(befores, derived, problems, lowered):
+            sites.append(_rewritten(work, before, first, problem, done))
         wrong = _verify(detection, sites, options, verified) if options.verify != "off" else []
         if not wrong:
             return Result(work, failed + sites)
@@ -159,12 +160,8 @@ def _weight_shape(product: GroupedLinear) -> tuple[int, int, torch.dtype, str] |
 
 def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.GraphModule | None:
     """The original region, from the nodes it reads to its root."""
-    inputs = outer_nodes(region)
+    inputs, same = _inputs(detection, region)
     output = region.root_readers[0][1] if region.root_readers else region.root
-    # two nodes may hold the same value (x viewed twice): both are the input
-    values = detection.values
-    held = {id(values.of[n]): n for n in inputs}
-    same = {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
     behind = _cone(detection, {region.root, output}, set(same), region.root)
     inputs += [n for n in gm.graph.nodes if n in behind and n.op in ("placeholder", "get_attr") and n not in inputs]
     try:
@@ -172,6 +169,22 @@ def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.G
     except Exception:
         log.debug("moec: could not cut out %s", region.root, exc_info=True)
         return None
+
+
+def _inputs(detection: Detection, region: MoERegion) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
+    """What a region reads, and for every node that holds the same value (x viewed twice) the one that is the input."""
+    inputs = [n for n in outer_nodes(region) if n not in region.derived]
+    values = detection.values
+    held = {id(values.of[n]): n for n in inputs}
+    return inputs, {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
+
+
+def _derived(detection: Detection, region: MoERegion) -> list[fx.Node]:
+    """How the region's derived values come from its other inputs, in graph order."""
+    if not region.derived:
+        return []
+    found = _cone(detection, set(region.derived), set(_inputs(detection, region)[1]), region.root)
+    return sorted((n for n in found if n.op not in ("placeholder", "get_attr")), key=detection.values.position.__getitem__)
 
 
 def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: fx.Node) -> set[fx.Node]:
@@ -189,13 +202,15 @@ def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: 
     return found
 
 
-def _rewritten(gm: fx.GraphModule, before: fx.GraphModule | None, problem: Problem | None, done: Lowered) -> Site:
-    region = done.region
-    inputs = {n for node in done.nodes for n in node.all_input_nodes if n not in done.nodes}
+def _rewritten(
+    gm: fx.GraphModule, before: fx.GraphModule | None, derived: list[fx.Node], problem: Problem | None, done: Lowered
+) -> Site:
+    region, nodes = done.region, (*derived, *done.nodes)
+    inputs = {n for node in nodes for n in node.all_input_nodes if n not in nodes}
     names = {node: name for node, name in done.names.items() if node in inputs}
     rank = {n.name: i for i, n in enumerate(outer_nodes(region))}
     ordered = sorted(inputs, key=lambda n: (rank.get(names.get(n, n.name), len(rank)), n.name))
-    after = extract(gm, done.nodes, ordered, done.result, "After", names=done.names)
+    after = extract(gm, nodes, ordered, done.result, "After", names=done.names)
     site = Site(
         status="rewritten",
         idiom=region.idiom,

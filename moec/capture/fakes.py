@@ -87,8 +87,11 @@ class Resizer:
         taught |= {s for asserts in self.lessons.asserts.values() for expr, _ in asserts for s in expr.free_symbols}
         if self.given or self.lessons.others or not taught <= self.own:
             return False
-        if any(free_symbols(leaf) & self.foreign for node in nodes for leaf in _leaves(node)):
+        leaves = [leaf for node in nodes for leaf in _leaves(node)]
+        if any(free_symbols(leaf) & self.foreign for leaf in leaves):
             return False
+        if any(isinstance(leaf, _SYMBOLIC) and free_symbols(leaf) & self.own for leaf in leaves):
+            return False  # a number that is computed from a size: Dynamo makes equal ones one node
         return not any(nodes[place] in self.sized for place in lasting)
 
     def start(self, tx: InstructionTranslatorBase, exchange: Callable[[fx.Node], fx.Node]) -> Pressing:
