@@ -179,12 +179,14 @@ def _inputs(detection: Detection, region: MoERegion) -> tuple[list[fx.Node], dic
     return inputs, {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
 
 
-def _derived(detection: Detection, region: MoERegion) -> list[fx.Node]:
-    """How the region's derived values come from its other inputs, in graph order."""
+def _derived(detection: Detection, region: MoERegion) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]]:
+    """How the region's derived values come from its other inputs, in graph order, and what else holds such an input."""
     if not region.derived:
-        return []
-    found = _cone(detection, set(region.derived), set(_inputs(detection, region)[1]), region.root)
-    return sorted((n for n in found if n.op not in ("placeholder", "get_attr")), key=detection.values.position.__getitem__)
+        return [], {}
+    _, same = _inputs(detection, region)
+    found = _cone(detection, set(region.derived), set(same), region.root)
+    position = detection.values.position
+    return sorted((n for n in found if n.op not in ("placeholder", "get_attr")), key=position.__getitem__), same
 
 
 def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: fx.Node) -> set[fx.Node]:
@@ -203,14 +205,21 @@ def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: 
 
 
 def _rewritten(
-    gm: fx.GraphModule, before: fx.GraphModule | None, derived: list[fx.Node], problem: Problem | None, done: Lowered
+    gm: fx.GraphModule,
+    before: fx.GraphModule | None,
+    derived: tuple[list[fx.Node], dict[fx.Node, fx.Node]],
+    problem: Problem | None,
+    done: Lowered,
 ) -> Site:
-    region, nodes = done.region, (*derived, *done.nodes)
-    inputs = {n for node in nodes for n in node.all_input_nodes if n not in nodes}
+    region, (first, same) = done.region, derived
+    nodes = (*first, *done.nodes)
+    read = {n for node in nodes for n in node.all_input_nodes if n not in nodes}
+    same = {n: same[n] for n in read if same.get(n, n) is not n}
+    inputs = {same.get(n, n) for n in read}
     names = {node: name for node, name in done.names.items() if node in inputs}
     rank = {n.name: i for i, n in enumerate(outer_nodes(region))}
     ordered = sorted(inputs, key=lambda n: (rank.get(names.get(n, n.name), len(rank)), n.name))
-    after = extract(gm, nodes, ordered, done.result, "After", names=done.names)
+    after = extract(gm, nodes, ordered, done.result, "After", same, done.names)
     site = Site(
         status="rewritten",
         idiom=region.idiom,

@@ -132,7 +132,9 @@ def _pairs(body: Body, term: Term, order: Pairs, lead: int) -> Expr | None:
 def _row_of_each_expert(body: Body, term: Term, lead: int, at: int) -> bool:
     """[1, E, F] or [E, 1, F]; with one token that may be any value of pairs, so it must be a parameter."""
     sizes = shape(term) or ()
-    if sizes[at] != body.num_experts or not all(isinstance(s, int) and s == 1 for s in (*sizes[:at], *sizes[at + 1 : lead])):
+    if sizes[at] != body.num_experts or not all(
+        isinstance(s, int) and s == 1 for s in (*sizes[:at], *sizes[at + 1 : lead])
+    ):
         return False
     below: Arg = term
     while isinstance(below, Term) and below.op in ("reshape", "cast", "permute"):

@@ -126,7 +126,9 @@ def retrace_exactly() -> NoReturn:
     """
     root = InstructionTranslator.current_tx().output.root_tx
     _exact.setdefault(_owner(root), set()).add(root.f_code)
-    log.debug("moec.capture: %s is traced again with exact sizes: a stamped loop was not rewritten", root.f_code.co_name)
+    log.debug(
+        "moec.capture: %s is traced again with exact sizes: a stamped loop was not rewritten", root.f_code.co_name
+    )
     root.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason="moec: exact sizes")
 

@@ -54,7 +54,7 @@ def candidates(values: Values) -> list[Candidate]:
             continue
         if term.op == "sum" and (dim := _sums_experts(term)) is not None:
             found.append(Candidate(term, node, functools.partial(prove_sum, dim=dim, term=term)))
-        elif term.op in ("einsum", "bmm", "matmul") and _weighs_experts(known, term):
+        elif term.op in ("einsum", "bmm", "matmul") and _weighs_experts(term):
             found.append(Candidate(term, node, functools.partial(prove_product, term=term)))
         elif term.op == "add" and term.args[2:] in ((), (1,)) and (link := _link(known, term)):
             links[id(term)] = link
@@ -76,31 +76,48 @@ def _sums_experts(term: Term) -> int | None:
     return dims[0] if isinstance(sizes[dims[0]], int) and sizes[dims[0]] > 1 else None
 
 
-def _weighs_experts(known: Supports, term: Term) -> bool:
+def _weighs_experts(term: Term) -> bool:
+    """A contraction of two values that the graph computes, neither of them a parameter."""
     operands = term.args[1] if term.op == "einsum" else term.args[:2]
-    return len(operands) == 2 and any((s := known.zero(o)) is not None and "E" in s.axes for o in operands)
+    return len(operands) == 2 and not any(_is_parameter(o) for o in operands) and term.op != "linear"
 
 
 def _link(known: Supports, term: Term) -> Link | None:
     for base, source in (term.args[:2], term.args[1::-1]):
-        one = known.zero(source)
-        if one is None or one.expert is None or isinstance(one.expert, Term) or not isinstance(base, (Term, int)):
+        one = _expert(known, source)
+        if one is None or not isinstance(base, (Term, int)):
             continue
-        first = known.zero(base)
-        if first is None or isinstance(base, Term) and (base.op == "add" or first.expert != one.expert):
+        first = _expert(known, base)
+        if first is None or isinstance(base, Term) and (base.op == "add" or first != one):
             return Link(base, source, term)
+    return None
+
+
+def _expert(known: Supports, source: Arg) -> int | None:
+    """The one expert that a term is about: by what is known to be zero, or else by the weight it is multiplied with."""
+    found = known.zero(source)
+    if found is not None:
+        return found.expert if isinstance(found.expert, int) else None
+    for weight in source.args[:2] if isinstance(source, Term) and source.op == "mul" else ():
+        while isinstance(weight, Term) and weight.op in ("reshape", "cast"):
+            weight = weight.args[0]
+        sizes = shape(weight.args[0]) if isinstance(weight, Term) and weight.op == "select" else None
+        if sizes is not None and weight.args[1] == len(sizes) - 1 and isinstance(weight.args[2], int):
+            return weight.args[2]
     return None
 
 
 def prove_chain(body: Body, chain: tuple[Link, ...]) -> Found | None:
     """Rolls the additions and proves that each is one expert on all tokens, times zero where it was not chosen."""
     base, terms = chain[0].base, [link.source for link in chain]
-    if isinstance(base, Term) and (first := body.supports.zero(base)) is not None and isinstance(first.expert, int):
+    if _expert(body.supports, base) is not None:
         terms, base = [base, *terms], 0  # y_0 + y_1 + ...
-    experts = [s.expert if (s := body.supports.zero(t)) is not None else None for t in terms]
+    if len(terms) < 2 or not any(map(_computes, terms)):
+        return None
+    experts = [_expert(body.supports, t) for t in terms]
     if not (base == 0 and not isinstance(base, Term)) and not (isinstance(base, Term) and base.op == "zeros"):
         raise Refused("the buffer that the experts add to does not start at zero", base)
-    order = sorted(range(len(terms)), key=lambda i: experts[i])
+    order = sorted(range(len(terms)), key=lambda i: experts[i] or 0)
     if [experts[i] for i in order] != list(range(len(terms))):
         raise Refused(f"the sum does not have each expert exactly once, but {sorted(experts)}", chain[0].term)
     terms = [terms[i] for i in order]
@@ -132,13 +149,15 @@ def prove_sum(body: Body, dim: int, term: Term) -> Found | None:
     source = term.args[0]
     found = body.supports.zero(source)
     if found is None or found.axes[dim] != "E":
-        _refuse_if_in_sight(body, source, dim)
+        _refuse_if_in_sight(source)
         return None
     return _prove(body, found, found.axes, source, None, term)
 
 
 def prove_product(body: Body, term: Term) -> Found | None:
     """einsum("te,ted->td", weights, y), or weights[:, None] @ y"""
+    if not any(body.supports.zero(o) for o in (term.args[1] if term.op == "einsum" else term.args[:2])):
+        _refuse_if_in_sight(term)
     if term.op == "einsum":
         equation = parse(term)
         if equation is None:
@@ -224,21 +243,30 @@ def _claim(body: Body, found: Support, count: int, term: Term) -> None:
     body.fact("zero for every expert that a token did not choose", term)
 
 
-def _refuse_if_in_sight(body: Body, source: Arg, dim: int) -> None:
+def _refuse_if_in_sight(source: Arg) -> None:
     """Is this a sum over experts all the same? Then say what is missing."""
-    sizes = shape(source)
-    count = sizes[dim] if sizes is not None else None
     stack: list[tuple[Arg, int]] = [(source, 0)]
     while stack:
         term, depth = stack.pop()
         if not isinstance(term, Term) or depth > 6 or term.op in ("softmax", "topk"):
             continue
-        own = shape(term.args[1]) if term.op == "bmm" and len(term.args) == 2 else None
-        experts = own is not None and own[0] == count and _is_parameter(term.args[1])
-        rolled = term.op == "stack" and isinstance(term.args[0], tuple) and len(term.args[0]) == count
-        if experts or (rolled and _is_product(term.args[0])):
+        factors = term.args[1] if term.op == "einsum" else term.args[:2] if term.op in ("bmm", "matmul") else ()
+        stacked = any(_is_parameter(f) and rank(f) == 3 for f in factors)
+        if stacked or (term.op == "stack" and isinstance(term.args[0], tuple) and _are_products(term.args[0])):
             raise Refused(NOT_ZERO, source)
         stack.extend((c, depth + 1) for c in children(term))
+
+
+def _computes(term: Arg) -> bool:
+    """Whether a product with a parameter is near."""
+    stack: list[tuple[Arg, int]] = [(term, 0)]
+    while stack:
+        t, depth = stack.pop()
+        if isinstance(t, Term) and depth < 8 and t.op not in ("softmax", "topk", "select"):
+            if t.op in ("linear", "matmul") and _is_parameter(t.args[1]):
+                return True
+            stack.extend((c, depth + 1) for c in children(t))
+    return False
 
 
 def _is_parameter(term: Arg) -> bool:
@@ -247,7 +275,7 @@ def _is_parameter(term: Arg) -> bool:
     return isinstance(term, Term) and term.op in ("placeholder", "get_attr")
 
 
-def _is_product(parts: tuple[Arg, ...]) -> bool:
+def _are_products(parts: tuple[Arg, ...]) -> bool:
     """Whether all parts are products with weights of their own."""
     weights = {id(p.args[1]) for p in parts if isinstance(p, Term) and p.op in ("linear", "matmul")}
     return len(weights) == len(parts) > 1
