@@ -80,7 +80,7 @@ class Supports:
 def _of_mask(mask: facts.Mask) -> Support | None:
     dims = rank(mask.ids) or 0
     choice = dims - 1 if dims > 1 else None
-    names = {**{d: "T" for d in range(dims)}, **({choice: "K"} if choice is not None else {}), "E": "E", "1": "1"}
+    names = {**dict.fromkeys(range(dims), "T"), **({choice: "K"} if choice is not None else {}), "E": "E", "1": "1"}
     if mask.summed - {choice} or (mask.expert is None and "E" not in mask.axes):
         return None
     axes = tuple(names[a] for a in mask.axes)
