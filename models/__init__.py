@@ -11,6 +11,8 @@ if __name__ == "models":
 from . import (
     batched_mm,
     bincount_split,
+    dense_loop,
+    dense_stacked,
     grouped_mm,
     hit_modules,
     hit_stacked,
@@ -37,6 +39,8 @@ IDIOMS = {
     "bincount_split": bincount_split.MoE,
     "grouped_mm": grouped_mm.MoE,
     "batched_mm": batched_mm.MoE,
+    "dense_loop": dense_loop.MoE,
+    "dense_stacked": dense_stacked.MoE,
 }
 
 __all__ = ["BODIES", "IDIOMS", "ROUTERS", "STACKED_BODIES", "Decoder"]

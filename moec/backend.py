@@ -64,6 +64,8 @@ class Backend:
             if ours.strict:
                 raise StrictError(f"assumptions of capture that no site explains: {', '.join(sorted(left))}")
             capture.retrace_without(left)  # does not return: Dynamo traces the frame again
+        if capture.borrowed(result.gm):
+            capture.retrace_exactly()  # nor does this
         self._tell(result)
         capture.promises.note(result.sites)
         capture.promises.settle(result.returned, result.sites)

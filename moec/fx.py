@@ -170,4 +170,13 @@ def extract(
         if node not in copies:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(copies[output])
-    return fx.GraphModule(owner, graph, class_name=name)
+    return graph_module(owner, graph, name)
+
+
+def graph_module(owner: torch.nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A GraphModule whose Python code is written when somebody asks for it, where torch can do that, as Dynamo's are."""
+    try:
+        from torch.fx._lazy_graph_module import _LazyGraphModule as Module
+    except ImportError:
+        return fx.GraphModule(owner, graph, class_name=name)
+    return Module(owner, graph, class_name=name)

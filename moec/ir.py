@@ -192,6 +192,7 @@ class MoERegion:
     facts: tuple[Fact, ...]
     location: str
     x: fx.Node | None = None
+    derived: tuple[fx.Node, ...] = ()  # inputs that may follow from the ids: verification computes them anew
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from moec.capture import promises
 from moec.capture.declared import take_declarations
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
-from moec.fx import extract, value
+from moec.fx import graph_module, value
 from moec.ir import Declaration, GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
-from moec.passes import facts
-from moec.passes.detect import Detection, detect, outer_nodes
+from moec.passes import cutout, facts
+from moec.passes.detect import Detection, detect
 from moec.passes.lower import Lowered, LoweringFault, lower
 from moec.passes.verify import Mismatch, verify
 
@@ -72,7 +72,7 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         nodes = {node.name: node for node in work.graph.nodes}
         sites = [_refused(idiom, r, promises.around(nodes.get(r.node))) for idiom, r in detection.refusals]
         sites += [_refused_region(detection, r, "moec.disable names this site", "switched off") for r in off]
-        befores = [_before(work, detection, r) for r in detection.regions]
+        cuts = [cutout.cut(work, detection, r) for r in detection.regions]
         withins = [_within(detection, r) for r in detection.regions]
         problems = [_problem(r, _promise(within)) for r, within in zip(detection.regions, withins)]
         try:
@@ -97,8 +97,8 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         work.graph.lint()
         work.recompile()
         done = [
-            _rewritten(work, before, problem, within, low)
-            for before, problem, within, low in zip(befores, problems, withins, lowered)
+            _rewritten(work, piece, problem, within, low)
+            for piece, problem, within, low in zip(cuts, problems, withins, lowered)
         ]
         wrong = _verify(detection, done, options, verified) if options.verify != "off" else []
         if not wrong:
@@ -116,7 +116,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     graph.output(output).meta = dict(last.meta)
     graph._codegen = copy.deepcopy(gm.graph._codegen)
-    made = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    made = graph_module(gm, graph, type(gm).__name__)
     made.meta = dict(gm.meta)
     return made
 
@@ -136,8 +136,7 @@ def _refused_region(detection: Detection, region: MoERegion, missing: str, idiom
 
 def _within(detection: Detection, region: MoERegion) -> tuple[str, ...]:
     """The declared modules that compute any part of a region, those around its root first."""
-    inside = _cone(detection, {region.root}, set(_held(detection, outer_nodes(region))), region.root)
-    return promises.around(region.root, *sorted(inside, key=detection.values.position.__getitem__))
+    return promises.around(region.root, *cutout.inside(detection, region))
 
 
 def _promise(within: tuple[str, ...]) -> Declaration | None:
@@ -181,59 +180,18 @@ def _weight_shape(product: GroupedLinear) -> tuple[int, int, torch.dtype, str] |
     return int(out), int(inside), val.dtype, val.device.type
 
 
-def _before(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> fx.GraphModule | None:
-    """The original region, from the nodes it reads to its root."""
-    inputs = outer_nodes(region)
-    output = region.root_readers[0][1] if region.root_readers else region.root
-    same = _held(detection, inputs)
-    behind = _cone(detection, {region.root, output}, set(same), region.root)
-    inputs += [n for n in gm.graph.nodes if n in behind and n.op in ("placeholder", "get_attr") and n not in inputs]
-    try:
-        return extract(gm, [n for n in gm.graph.nodes if n in behind], inputs, output, "Before", same)
-    except Exception:
-        log.debug("moec: could not cut out %s", region.root, exc_info=True)
-        return None
-
-
-def _held(detection: Detection, inputs: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """The input whose value a node holds: two nodes may hold the same (x viewed twice), and then both are that input."""
-    values = detection.values
-    held = {id(values.of[n]): n for n in inputs}
-    return {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
-
-
-def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: fx.Node) -> set[fx.Node]:
-    """What `wanted` is computed from, writes to the buffers on the way included, up to the node `last`."""
-    values = detection.values
-    found: set[fx.Node] = set()
-    work = list(wanted)
-    while work:
-        node = work.pop()
-        if node in found or node in stop or values.position[node] > values.position[last]:
-            continue
-        found.add(node)
-        work.extend(node.all_input_nodes)
-        work.extend(w for w in values.writes.get(values.storage.get(node, node), ()))
-    return found
-
-
 def _rewritten(
-    gm: fx.GraphModule, before: fx.GraphModule | None, problem: Problem | None, within: tuple[str, ...], done: Lowered
+    gm: fx.GraphModule, piece: cutout.Cutout, problem: Problem | None, within: tuple[str, ...], done: Lowered
 ) -> Site:
     region = done.region
-    inputs = {n for node in done.nodes for n in node.all_input_nodes if n not in done.nodes}
-    names = {node: name for node, name in done.names.items() if node in inputs}
-    rank = {n.name: i for i, n in enumerate(outer_nodes(region))}
-    ordered = sorted(inputs, key=lambda n: (rank.get(names.get(n, n.name), len(rank)), n.name))
-    after = extract(gm, done.nodes, ordered, done.result, "After", names=done.names)
     site = Site(
         status="rewritten",
         idiom=region.idiom,
         location=region.location,
         num_experts=region.num_experts,
         top_k=region.top_k,
-        before=before,
-        after=after,
+        before=piece.before,
+        after=cutout.after(gm, piece, done),
         facts=region.facts,
         declared=promise.name if (promise := _promise(within)) is not None else None,
         within=within,

@@ -5,6 +5,7 @@ The walk starts at what is summed and knows, at each term, in which *order* its 
     TokenMajor        slot (t, k) at row t*K + k, in any shape with T*K leading rows
     Sorted(order)     row p is slot order[p], experts ascending
     ExpertRows(...)   the rows of one expert, inside a rolled loop: those of a mask, or one slice of the sorted rows
+    Pairs, EveryToken every token for every expert, or for the expert of a rolled loop; see `dense`
 
 Row-wise operations are walked through; steps that only change the order (index by the permutation or its inverse, concatenation
 of all slices) change the order; matrix products with the weights of the row's own expert become `GroupedLinear`; gathers by token
@@ -39,6 +40,7 @@ from moec.passes import leaves, products, rowwise
 from moec.passes.normalise import Values
 from moec.passes.orders import Order, Refused, TokenMajor
 from moec.passes.roll import Roller, has_hole, hole_values, why_unlike
+from moec.passes.support import Supports
 from moec.passes.terms import Arg, Term, children, is_tensor, location, numel, same_size, shape
 
 PLAIN = (FakeTensor, torch.Tensor, torch.nn.Parameter)  # other subclasses (DTensor, quantised) are refused by name
@@ -64,6 +66,8 @@ class Body:
         self.placed: list[tuple[fx.Node, Term]] = []
         self.read: list[tuple[Term, int, bool]] = []  # (source, its row dims, one row per token rather than per slot)
         self.abandoned: list[Refused] = []
+        self.supports = Supports()
+        self.weighed: list[Term] = []  # values of pairs, which may follow from the ids
         self._known: dict[tuple[int, object, int], Expr] = {}
         self._cut: dict[tuple[int, object, int], Expr] = {}  # tensors cut in pieces, each once
 

@@ -52,14 +52,16 @@ def detect(graph: fx.Graph, strict: bool = False, leave: frozenset[str] = frozen
     values = Values(graph)
     states = ambient_states(graph)
     proven: list[_Proven] = []
-    refusals: list[tuple[str, Refusal]] = []
+    doubts: list[tuple[Term, str, Refusal]] = []
     for idiom in IDIOMS:
         for candidate in idiom.candidates(values):
             result = _try(candidate, values, states, strict)
             if isinstance(result, _Proven):
                 proven.append(result)
             elif result is not None:
-                refusals.append((idiom.__name__.rsplit(".", 1)[-1], result))
+                doubts.append((candidate.root, idiom.__name__.rsplit(".", 1)[-1], result))
+    explained = {id(p.root) for p in proven}  # by another idiom
+    refusals = [(idiom, doubt) for root, idiom, doubt in doubts if id(root) not in explained]
     known = [p.body.ids for p in proven]
     proven = [p for p in proven if p.region.root.name not in leave]
     proven.sort(key=lambda p: values.position[p.region.root])
@@ -143,6 +145,7 @@ def _region(candidate: Candidate, idiom: str, expr: Expr, body: Body, states: di
         facts=tuple(dict.fromkeys(body.facts)),
         location=location(candidate.at),
         x=body.values.holds(body.x, candidate.at) if body.x is not None else None,
+        derived=tuple(node for t in body.weighed if (node := body.values.holds(t, candidate.at)) is not None),
     )
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moec.ir import Apply, ExpertRows, Expr, SlotValue, Stacked, TokenRows
-from moec.passes import facts
-from moec.passes.orders import LoopRows, LoopSlice, Order, Refused, Sorted, TokenMajor, static
+from moec.passes import dense, facts
+from moec.passes.orders import EveryToken, LoopRows, LoopSlice, Order, Pairs, Refused, Sorted, TokenMajor, static
 from moec.passes.roll import has_hole, hole_values
 from moec.passes.terms import Arg, Term, children, dtype, rank, same_size, shape
 
@@ -33,6 +33,8 @@ def leaf(body: Body, term: Term, order: Order, lead: int) -> Expr | None:
         return _token_major(body, term, lead)
     if isinstance(order, Sorted):
         return _sorted(body, term, order, lead)
+    if isinstance(order, (Pairs, EveryToken)):
+        return dense.leaf(body, term, order, lead)
     return _loop_slice(body, term, order) if isinstance(order, LoopSlice) else _loop_rows(body, term, order)
 
 

@@ -209,6 +209,7 @@ class Values:
             fill = kwargs.get("fill_value", args[1] if len(args) > 1 else None)
             if fill == 0 and not isinstance(fill, Term):
                 return Term("zeros", (tuple(map(_size, val.shape)), val.dtype, str(val.device)), (), val)
+            return Term("full", (tuple(map(_size, val.shape)), val.dtype, str(val.device), fill), (), val)
         if (
             name in FRESH
             or is_random(name)
@@ -229,6 +230,12 @@ class Values:
                 order = list(range(val.ndim))
                 order[a], order[b] = order[b], order[a]
                 return self._permute(x, tuple(order), val)
+        if name == "einsum":
+            operands = args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:]
+            return make("einsum", (x, operands), (), val)
+        if name == "repeat":
+            sizes = kwargs.get("repeats", args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:])
+            return make("repeat", (x, sizes), (), val)
         if name == "permute":
             dims = kwargs.get("dims", args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:])
             return self._permute(x, dims, val)
@@ -303,7 +310,14 @@ class Values:
             and args[4] in (None, 1)
         ):
             return x
-        if name == "slice" and _takes_one(args) and isinstance(x, Term) and is_tensor(x.val) and is_tensor(val):
+        if (
+            name == "slice"
+            and isinstance(x, Term)
+            and is_tensor(x.val)
+            and is_tensor(val)
+            and isinstance(args[1], int)
+            and _takes_one(args, x.val.shape[args[1]])
+        ):
             dim = _positive(args[1], x)
             kept = (*x.val.shape[:dim], *x.val.shape[dim + 1 :])
             one = self.make("select", (x, dim, args[2]), (), Meta(kept, x.val.dtype, x.val.device))
@@ -328,6 +342,8 @@ class Values:
             position = {"chunk": 2, "split": 2, "topk": 2}.get(name, 1)
             of = args[0][0] if name == "cat" and isinstance(args[0], tuple) and args[0] else x
             args = (*args[:position], _positive(args[position], of), *args[position + 1 :])
+        if name == "stack":
+            args = (x, _positive(args[1], val))
         if name == "index_put" and isinstance(args[1], tuple):
             kept = tuple("whole" if i is None else i for i in args[1])
             while kept and kept[-1] == "whole":
@@ -403,15 +419,20 @@ class Values:
 
     def _basic_index(self, x: Term, index: tuple[Arg, ...], val: object) -> Arg:
         dim, inner, needs_reshape = 0, x, False
+        sizes: list[object] = list(x.val.shape)  # None where a slice has bounds that are computed
         for i in index:
             if i is None:
                 needs_reshape = True
-            elif isinstance(i, slice):
+            elif isinstance(i, slice) and not _takes_one((x, dim, i.start, i.stop, i.step), sizes[dim]):
                 if not (i.start in (None, 0) and i.stop is None and i.step in (None, 1)):
                     inner = self.make("slice", (inner, dim, i.start, i.stop, i.step or 1))
+                    sizes[dim] = None
                 dim += 1
             else:
-                inner = self.make("select", (inner, dim, i))
+                needs_reshape = needs_reshape or isinstance(i, slice)
+                del sizes[dim]
+                known = None if None in sizes else Meta(tuple(sizes), x.val.dtype, x.val.device)  # type: ignore[arg-type]
+                inner = self.make("select", (inner, dim, i.start if isinstance(i, slice) else i), (), known)
         if inner is x and not needs_reshape:
             return x
         if not needs_reshape:
@@ -513,13 +534,11 @@ def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
     return first >= 0 and "s" not in text[first:last] and "n" not in text[first:last]
 
 
-def _takes_one(args: tuple[Arg, ...]) -> bool:
-    """Whether a slice (x, dim, start, end, step) is one entry, surely inside the dim."""
-    x, dim, start, end, step = args
-    if not (isinstance(x, Term) and is_tensor(x.val)) or not all(isinstance(a, int) for a in (dim, start, end)):
-        return False
-    size = x.val.shape[dim]
-    return step in (1, None) and end == start + 1 and isinstance(size, int) and 0 <= start < size
+def _takes_one(args: tuple[Arg, ...], size: object) -> bool:
+    """Whether a slice (x, dim, start, end, step) of a dim of that size is one entry, surely inside the dim."""
+    _, _, start, end, step = args
+    known = isinstance(size, int) and isinstance(start, int) and isinstance(end, int)
+    return known and step in (1, None) and end == start + 1 and 0 <= start < size
 
 
 def _without_unit_tail(x: Arg) -> Term | None:

@@ -45,7 +45,19 @@ class LoopSlice:
     order: Term
 
 
-Order = TokenMajor | Sorted | LoopRows | LoopSlice
+@dataclass(frozen=True)
+class Pairs:
+    """Every pair of a token and an expert, in row-major order of (token, expert), or of (expert, token)."""
+
+    token_first: bool
+
+
+@dataclass(frozen=True)
+class EveryToken:
+    """Inside a rolled loop: all tokens in order, for the expert of this iteration."""
+
+
+Order = TokenMajor | Sorted | LoopRows | LoopSlice | Pairs | EveryToken
 
 
 def static(sizes: tuple[int | torch.SymInt, ...], term: Arg) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moec.ir import Apply, ExpertRows, Expr, TokenRows, with_features
-from moec.passes.orders import Order, Refused, TokenMajor, static
+from moec.passes import dense
+from moec.passes.orders import Order, Pairs, Refused, TokenMajor, static
 from moec.passes.roll import has_hole
 from moec.passes.terms import Arg, Term, numel, rank, same_size, shape
 
@@ -127,6 +128,9 @@ def _operand(body: Body, arg: Arg, out: Term, order: Order, lead: int) -> object
                 body.read.append((arg, lead, True))
                 flat = Apply(torch.reshape, (body.outer(arg), (-1, *static(own[lead:], arg))))
                 return TokenRows(flat)
+        if isinstance(order, Pairs) and len(own) == len(full) - 1 and lead == 2:
+            # a leading dim that is not written out: that of the tokens, or that of the experts
+            return dense.expert_rows(body, arg, out) if order.token_first else dense.token_rows(body, arg, 1)
         raise Refused("rows are broadcast against rows of another number", arg)
     wanted = own[-features:] if features and len(own) > features else own
     if has_hole(arg):

@@ -50,6 +50,8 @@ SIGNATURES: dict[str, tuple[tuple[str, object], ...]] = {
     "masked_fill": (("x", ...), ("mask", ...), ("value", ...)),
     "clamp": (("x", ...), ("min", None), ("max", None)),
     "cat": (("tensors", ...), ("dim", 0)),
+    "stack": (("tensors", ...), ("dim", 0)),
+    "baddbmm": (("bias", ...), ("x", ...), ("y", ...), ("beta", 1), ("alpha", 1)),
     "linear": (("x", ...), ("weight", ...), ("bias", None)),
     "matmul": (("x", ...), ("y", ...)),
     "bmm": (("x", ...), ("y", ...)),

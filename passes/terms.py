@@ -102,7 +102,7 @@ class Interner:
         term = self._known.get(key)
         if term is None:
             term = self._known[key] = Term(op, args, kwargs, val)
-        elif term.val is None:
+        elif term.val is None or (isinstance(term.val, Meta) and val is not None):
             term.val = val
         return term
 

@@ -24,7 +24,7 @@ from moec.pipeline import Result
 from . import hf
 
 E, K, D, F = 8, 2, 16, 24
-STACKED = ("hit_stacked", "grouped_mm", "batched_mm")
+STACKED = ("hit_stacked", "grouped_mm", "batched_mm", "dense_stacked")
 SKIPS = ("skip_empty", "hit_stacked", "hit_modules", "sort_tolist")  # an expert without tokens has no gradient in eager
 AOT = {"moec.inner": "aot_eager"}
 

@@ -6,6 +6,7 @@ must be what its markers say.
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
 
@@ -534,6 +535,23 @@ def rows(gm):
     ]
 
 
+def tensors(gm):
+    """The operations that make tensors, by shape, and which of them each reads; all sizes that the data decide are alike."""
+    place = {node: i for i, node in enumerate(n for n in gm.graph.nodes if not is_number(n))}
+    return [
+        (node.target, re.sub(r"\bu\d+\b", "u", str(row[3])), [place[n] for n in node.all_input_nodes if n in place])
+        for node, row in zip(gm.graph.nodes, rows(gm))
+        if node in place
+    ]
+
+
+def is_number(node):
+    """Or an index that nothing but numbers is made of."""
+    if node.target is operator.getitem:
+        return all(map(is_number, node.users))
+    return node.op.startswith("call") and not isinstance(node.meta.get("example_value"), (torch.Tensor, tuple, list))
+
+
 class GuardedRecorder(Recorder):
     """Remembers the guards as well: names and kinds."""
 
@@ -545,10 +563,10 @@ class GuardedRecorder(Recorder):
         return super().__call__(gm, example_inputs)
 
 
-def traced(model, x, stamping):
+def traced(model, x, stamping, borrow=False):
     torch._dynamo.reset()
     fn, backend = compiled(model, GuardedRecorder())
-    with capture.stamping(stamping):
+    with capture.stamping(stamping, borrow):
         y = fn(x)
     assert len(backend.graphs) == 1
     return y, backend
@@ -598,12 +616,51 @@ def test_stamped_graph_is_the_traced_graph_with_symbolic_tokens(form):
     for stamping in (False, True):
         torch._dynamo.reset()
         fn, backend = compiled(model)
-        with capture.stamping(stamping):
+        with capture.stamping(stamping, borrow=False):
             for tokens in (5, 11):
                 fn(torch.randn(tokens, D, dtype=torch.float64))
         found.append(rows(backend.graphs[-1]))
         assert len(backend.graphs) == 2
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_borrowed_values_differ_only_in_sizes_that_the_data_decide(form):
+    model, x = form(skip=(1, 6)).double(), torch.randn(T, D, dtype=torch.float64)
+    (_, exact), (y, borrowing) = traced(model, x, True), traced(model, x, True, borrow=True)
+    assert not capture.borrowed(exact.graphs[0])
+    assert tensors(exact.graphs[0]) == tensors(borrowing.graphs[0])
+    torch.testing.assert_close(y, model(x))
+
+
+class ReadsWhatAnExpertMade(Layer):
+    """Refused: the last expert's rows are read after the loop."""
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out, most = torch.zeros_like(x), x.new_zeros(())
+        for e in range(self.num_experts):
+            token, slot = torch.where(ids == e)
+            rows = self.experts[e](x[token])
+            most = most + rows.square().sum()
+            out.index_add_(0, token, rows * weights[token, slot, None])
+        return out + most
+
+
+def test_a_refused_loop_is_traced_again_with_values_of_its_own(monkeypatch):
+    from moec import backend as entry
+
+    model = ReadsWhatAnExpertMade().double()
+    again, seen = [], []
+    retrace, inner = capture.retrace_exactly, entry.compile_inner
+    monkeypatch.setattr(capture, "retrace_exactly", lambda: again.append(1) or retrace())
+    monkeypatch.setattr(entry, "compile_inner", lambda gm, *rest: seen.append(gm) or inner(gm, *rest))
+    fn = torch.compile(model, backend="moec", options={"moec.inner": "aot_eager"})
+    for tokens in (T, T + 3, T + 4):
+        assert_same(fn, model, torch.randn(tokens, D, dtype=torch.float64))
+    assert len(again) == 1  # not once more for another shape
+    assert seen
+    assert not any(map(capture.borrowed, seen))
 
 
 def with_another_activation(model):

@@ -288,3 +288,16 @@ def test_measure_is_not_blind() -> None:
     wrong = hf.Run(got.logits, {**got.grads, name: got.grads[name] * (1 + 1e-3)})
     worst = layers.judge(wrong, layer, x)
     assert (worst.name, worst.ratio > 1) == (name, True)
+
+
+@pytest.mark.parametrize("idiom", ["dense_loop", "dense_stacked"])
+def test_zero_times_infinity_is_left_out(idiom: str) -> None:
+    """The second licence: an expert that a token did not choose may overflow for it; eager gets NaN then, and moec does not."""
+    layer, x = layers.prefer(layers.build(idiom, body="relu2"), (0, 1, 2)), layers.tokens(17)
+    with torch.no_grad():
+        weight = layer.experts.up_proj if idiom in layers.STACKED else layer.experts[5].up_proj.weight
+        (weight[5] if idiom in layers.STACKED else weight).fill_(torch.inf)
+    backend, results = layers.kept()
+    assert bool(layer(x).isnan().any())
+    assert bool(torch.compile(layer, backend=backend, fullgraph=True)(x).isfinite().all())
+    assert layers.statuses(results) == ["rewritten"]

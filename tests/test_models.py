@@ -18,7 +18,7 @@ D, WIDTH, E, K = 16, 24, 6, 2
 
 
 def bodies(idiom: str) -> tuple[str, ...]:
-    return STACKED_BODIES if idiom in ("hit_stacked", "grouped_mm", "batched_mm") else tuple(BODIES)
+    return STACKED_BODIES if idiom in ("hit_stacked", "grouped_mm", "batched_mm", "dense_stacked") else tuple(BODIES)
 
 
 CASES = [

@@ -21,16 +21,19 @@ import contextlib
 import importlib
 
 from . import markers, promises
-from .frames import forget_denied, is_ours, retrace_without, trace_plainly
+from .fakes import borrowed
+from .frames import forget_denied, is_ours, retrace_exactly, retrace_without, trace_plainly
 from .seams import log, stamping
 
 __all__ = [
     "backend_ctx_ctor",
+    "borrowed",
     "forget_denied",
     "install",
     "is_ours",
     "markers",
     "promises",
+    "retrace_exactly",
     "retrace_without",
     "trace_plainly",
     "stamping",

@@ -4,6 +4,10 @@ Dynamo runs every node on fake tensors, which is most of what tracing costs. The
 iteration 2, but for sizes that only the data know: the u7 tokens of expert 2 are the u31 of expert j. So iteration 2's example
 values are taken, with its own symbols exchanged for new ones. Nodes whose values depend on the iteration before, or that
 teach the ShapeEnv something (a bound, an assertion), are run as always.
+
+Even that is most of the time spent on an iteration, and for nothing when the loop is rewritten: its nodes go. So where no size of
+the loop reaches the code after it, the nodes of iteration j *borrow* the values of iteration 2 as they are, u7 and all. That is
+wrong, and marked so: if such a node is left when the graph has been rewritten, the frame is traced again with exact values.
 """
 
 # Dynamo's annotations are wider than the values it passes here.
@@ -26,6 +30,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from .watch import Lessons
 
 _SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
+_BORROWED = "moec_borrowed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Resizer:
     outside: dict[int, object]  # example values made before iteration 1, by id: the same object again
     given: list[tuple[fx.Node, sympy.Symbol]]  # what the iterator yielded to iteration 2, and a size that came with it
     lessons: Lessons
+    own: frozenset[sympy.Symbol]  # the sizes that came up in iteration 2
+    foreign: frozenset[sympy.Symbol]  # those of the iterations before, and of what the iterator yielded to them
+    sized: frozenset[fx.Node]  # nodes of iteration 2 with such a size
 
     @staticmethod
     def of(
@@ -68,7 +76,23 @@ class Resizer:
 
         inside = {id(leaf) for node in second for leaf in _leaves(node)}
         run = {node for node in second if must_run(node)}
-        return Resizer(run, {key: leaf for key, leaf in outside.items() if key in inside}, given, lessons)
+        own = {symbol for node in second for symbol in node.meta.get("unbacked_bindings", ())}
+        shared = {key: leaf for key, leaf in outside.items() if key in inside}
+        sized = frozenset(node for node in second if any(free_symbols(leaf) & own for leaf in _leaves(node)))
+        return Resizer(run, shared, given, lessons, frozenset(own), frozenset(foreign), sized)
+
+    def may_borrow(self, nodes: list[fx.Node], lasting: frozenset[int]) -> bool:
+        """Whether the sizes of an iteration say nothing about another, nor about anything outside; `nodes` of iteration 2."""
+        taught = set().union(*self.lessons.bounds.values())
+        taught |= {s for asserts in self.lessons.asserts.values() for expr, _ in asserts for s in expr.free_symbols}
+        if self.given or self.lessons.others or not taught <= self.own:
+            return False
+        leaves = [leaf for node in nodes for leaf in _leaves(node)]
+        if any(free_symbols(leaf) & self.foreign for leaf in leaves):
+            return False
+        if any(isinstance(leaf, _SYMBOLIC) and free_symbols(leaf) & self.own for leaf in leaves):
+            return False  # a number that is computed from a size: Dynamo makes equal ones one node
+        return not any(nodes[place] in self.sized for place in lasting)
 
     def start(self, tx: InstructionTranslatorBase, exchange: Callable[[fx.Node], fx.Node]) -> Pressing:
         """Begin an iteration; `exchange` tells what it was given instead of a node that iteration 2 was given."""
@@ -104,6 +128,12 @@ class Pressing:
         set_example_value(node, self.converted(value))
         for expr, message in self.resizer.lessons.asserts.get(model, ()):
             self.env.guard_or_defer_runtime_assert(expr.xreplace(self.symbols), message)
+
+    def borrow(self, model: fx.Node, node: fx.Node) -> None:
+        """The value of `model` as it is."""
+        node.meta["example_value"] = model.meta["example_value"]
+        if model in self.resizer.sized:
+            node.meta[_BORROWED] = True
 
     def like(self, symbol: sympy.Symbol) -> sympy.Symbol:
         """A new size that only the data know, with what is known about `symbol`."""
@@ -146,6 +176,11 @@ class Pressing:
         if expr == number.node.expr:
             return number
         return type(number)(SymNode(expr, self.env, number.node.pytype, None))
+
+
+def borrowed(gm: fx.GraphModule) -> bool:
+    """Whether a node is left whose example value is that of another iteration."""
+    return any(_BORROWED in node.meta for node in gm.graph.nodes)
 
 
 def _leaves(node: fx.Node) -> list[object]:

@@ -40,6 +40,8 @@ _INNER = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__")
 _denied: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 # Frames that are traced without any of this, by the same key: the code objects, each for one compilation (another shape may do).
 _plain: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakKeyDictionary()
+# Frames whose stamped iterations need example values of their own, by the same key.
+_exact: weakref.WeakKeyDictionary[object, set[object]] = weakref.WeakKeyDictionary()
 
 
 def is_ours(backend: object) -> bool:
@@ -89,6 +91,7 @@ def retrace_without(wheres: Iterable[str], reason: str = "no rewritten region di
     if not new:
         raise AssertionError(f"moec: already retraced without {sorted(set(wheres))}")
     denied |= new
+    _exact.setdefault(_owner(root), set()).add(root.f_code)  # this loop will not be rewritten
     message = (
         "moec: traced again without the assumption that every expert has tokens, at "
         + ", ".join(sorted(new))
@@ -116,10 +119,31 @@ def trace_plainly(reason: str, root: InstructionTranslatorBase | None = None) ->
     raise TensorifyScalarRestartAnalysis(restart_reason="moec: tracing plainly")
 
 
+def retrace_exactly() -> NoReturn:
+    """Have Dynamo trace the current frame again, every stamped iteration with example values of its own (see `fakes`).
+
+    Does not return: the exception it raises must reach Dynamo.
+    """
+    root = InstructionTranslator.current_tx().output.root_tx
+    _exact.setdefault(_owner(root), set()).add(root.f_code)
+    log.debug(
+        "moec.capture: %s is traced again with exact sizes: a stamped loop was not rewritten", root.f_code.co_name
+    )
+    root.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="moec: exact sizes")
+
+
+def may_borrow(tx: InstructionTranslatorBase) -> bool:
+    """Whether stamped iterations of this frame may borrow example values."""
+    root = tx.output.root_tx
+    return root.f_code not in _exact.get(_owner(root), ())
+
+
 def forget_denied() -> None:
     """Allow all assumptions again (after `torch._dynamo.reset()`, in tests)."""
     _denied.clear()
     _plain.clear()
+    _exact.clear()
 
 
 def _owner(root: InstructionTranslatorBase) -> object:

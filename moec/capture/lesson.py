@@ -19,7 +19,7 @@ from torch._dynamo.variables import ConstantVariable, SymNodeVariable, TensorVar
 from torch._dynamo.variables.base import AttributeMutationNew
 from torch._guards import Guard, Source
 
-from . import stamp, twins, watch
+from . import frames, seams, stamp, twins, watch
 from .fakes import Resizer, only_data_differ
 from .indices import COMPARISONS, Path, Uses
 from .liveness import live_locals
@@ -99,11 +99,8 @@ class Lesson:
             previous=second,
         )
         names = lesson.names(items[1])
-        about = [
-            guard
-            for guard in guards
-            if twins.rename_all(guard.originating_source, names) is not guard.originating_source
-        ]
+        done: dict[int, Source] = {}
+        about = [g for g in guards if twins.rename(g.originating_source, names, done) is not g.originating_source]
         if any(map(twins.mentions_others, about)):
             raise NoStamp("a guard compares two objects")
         lesson.stamp = stamp.read(
@@ -116,6 +113,9 @@ class Lesson:
         )
         lesson.known = {old: id(twins.resolve(tx, old)) in watched.known_objects for old in names}
         lesson._learn_variables(tx, before, between, after, first, second)
+        lasting = frozenset(lesson.models)
+        if seams.borrowing_on and frames.may_borrow(tx) and lesson.stamp.resizer.may_borrow(second, lasting):
+            lesson.stamp = dataclasses.replace(lesson.stamp, borrow=True, lasting=lasting)
         return lesson
 
     def _learn_variables(
@@ -140,13 +140,8 @@ class Lesson:
         live = live_locals(tx.instructions, tx.current_instruction)
         for name, new in after.locals.items():
             old = between.locals.get(name)
-            if old is new or _equal_constants(old, new):
-                continue
-            try:
+            if name in live and old is not new and not _equal_constants(old, new):
                 self.carried[name] = position(name, old, new)
-            except NoStamp:
-                if name in live:
-                    raise
         if not live & between.locals.keys() <= after.locals.keys():
             raise NoStamp("a variable disappears")
         for values, length in after.lists.values():
@@ -230,7 +225,7 @@ def _children(
     sources = [guard.originating_source for guard in guards] + [
         stamp.source_of(node) for node in inputs if "grapharg" in node.meta
     ]
-    parts = {part for source in sources for part in twins.parts(source)}
+    parts = set(twins.parts(sources))
     for path, containers in uses.looked_up.items():
         number = item.numbers[path]
         for container in set(containers):

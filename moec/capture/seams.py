@@ -44,15 +44,19 @@ def _with_subclasses(cls: type) -> Iterator[type]:
         yield from _with_subclasses(sub)
 
 
-stamping_on = True
+stamping_on = borrowing_on = True
 
 
 @contextlib.contextmanager
-def stamping(on: bool) -> Iterator[None]:
-    """Switch the stamping of equal iterations on or off (the graphs are the same, tracing is slower without)."""
-    global stamping_on
-    before, stamping_on = stamping_on, on
+def stamping(on: bool, borrow: bool = True) -> Iterator[None]:
+    """Switch the stamping of equal iterations on or off (the graphs are the same, tracing is slower without).
+
+    With `borrow`, stamped nodes may carry the example values of another iteration; see `fakes`.
+    """
+    global stamping_on, borrowing_on
+    before = stamping_on, borrowing_on
+    stamping_on, borrowing_on = on, borrow
     try:
         yield
     finally:
-        stamping_on = before
+        stamping_on, borrowing_on = before

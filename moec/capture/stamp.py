@@ -55,16 +55,19 @@ class Stamp:
     yielded: dict[fx.Node, Path]  # what the iterator gave to iteration 2
     guards: list[Guard]  # of iteration 2, about its objects
     resizer: Resizer
+    borrow: bool = False  # see `fakes`
+    lasting: frozenset[int] = frozenset()  # positions of nodes that the code after the loop can reach
 
     def press(
         self, tx: InstructionTranslatorBase, item: Yielded, names: dict[Source, Source], previous: list[fx.Node]
     ) -> list[fx.Node]:
         """Write the iteration that got `item`: `names` are its objects' names by those in iteration 2."""
         lifted = {}
+        renamed: dict[int, Source] = {}
         for node in self.named:
-            source = twins.rename_all(source_of(node), names)
+            source = twins.rename(source_of(node), names, renamed)
             lifted[node] = VariableBuilder(tx, source)(twins.resolve(tx, source)).as_proxy().node
-        twins.repeat_guards(tx, self.guards, names)
+        twins.repeat_guards(tx, self.guards, names, renamed)
 
         written: list[fx.Node] = []
         look_up: dict[str, Callable[..., object]] = {
@@ -79,11 +82,14 @@ class Stamp:
             return look_up[leaf.kind](leaf.which) if isinstance(leaf, Ref) else leaf
 
         values = self.resizer.start(tx, lambda node: item.nodes[self.yielded[node]])
-        for model, (args, kwargs) in zip(self.nodes, self.operands):
+        for place, (model, (args, kwargs)) in enumerate(zip(self.nodes, self.operands)):
             node = tx.output.graph.create_node(model.op, model.target, map_leaves(args, fill), map_leaves(kwargs, fill))
             node.meta.update((k, v) for k, v in model.meta.items() if k not in ("example_value", "unbacked_bindings"))
             if "example_value" in model.meta:
-                values.set_value(model, node)
+                if self.borrow and place not in self.lasting:
+                    values.borrow(model, node)
+                else:
+                    values.set_value(model, node)
             written.append(node)
         return written
 
@@ -130,7 +136,7 @@ def read(
         if a is b:
             return b
         if b.op == "placeholder" and isinstance(a, fx.Node) and a.op == "placeholder":
-            if twins.rename_all(source_of(b), names) != source_of(a):
+            if twins.rename(source_of(b), names) != source_of(a):
                 raise NoStamp(f"{b} is not named by the iteration")
             named[b] = None
             return Ref(_NAMED, b)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
@@ -45,18 +45,28 @@ def prefix(source: Source, way: Field) -> Source:
     return source
 
 
-def rename(source: Source, old: Source, new: Source) -> Source:
-    """`source` with `old`, wherever it stands in the name, replaced by `new`; the same object if it is not there."""
-    if source == old:
-        return new
+def rename(source: Source, names: dict[Source, Source], done: dict[int, Source] | None = None) -> Source:
+    """`source` with each of `names`, wherever it stands in the name, replaced; the same object if none is there.
+
+    `done` remembers the parts renamed already, by id: hundreds of names begin alike, and then share their beginnings.
+    """
+    done = {} if done is None else done
+    known = done.get(id(source))
+    if known is not None:
+        return known
+    new = names.get(source, source)
     changed = {}
-    for field in dataclasses.fields(source):
-        part = getattr(source, field.name)
-        if isinstance(part, Source):
-            renamed = rename(part, old, new)
-            if renamed is not part:
-                changed[field.name] = renamed
-    return dataclasses.replace(source, **changed) if changed else source
+    for name in _source_fields(type(new)):
+        part = getattr(new, name)
+        if isinstance(part, Source) and (renamed := rename(part, names, done)) is not part:
+            changed[name] = renamed
+    done[id(source)] = new = dataclasses.replace(new, **changed) if changed else new
+    return new
+
+
+@functools.cache
+def _source_fields(kind: type[Source]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def resolve(tx: InstructionTranslatorBase, source: Source) -> object:
@@ -65,28 +75,29 @@ def resolve(tx: InstructionTranslatorBase, source: Source) -> object:
     return eval(name, {"G": tx.output.global_scope, "L": tx.output.local_scope})
 
 
-def parts(source: Source) -> Iterator[Source]:
-    """The source and all sources that it is made of."""
-    yield source
-    for field in dataclasses.fields(source):
-        part = getattr(source, field.name)
-        if isinstance(part, Source):
-            yield from parts(part)
+def parts(sources: Iterable[Source]) -> Iterator[Source]:
+    """The sources and all sources that they are made of, each object once."""
+    seen: set[int] = set()
+    work = list(sources)
+    while work:
+        source = work.pop()
+        if id(source) in seen:
+            continue
+        seen.add(id(source))
+        yield source
+        fields = (getattr(source, name) for name in _source_fields(type(source)))
+        work.extend(part for part in fields if isinstance(part, Source))
 
 
-def repeat_guards(tx: InstructionTranslatorBase, guards: list[Guard], names: dict[Source, Source]) -> None:
-    """Install for the new names (the values of `names`) what `guards` say about the old ones."""
+def repeat_guards(
+    tx: InstructionTranslatorBase, guards: list[Guard], names: dict[Source, Source], done: dict[int, Source]
+) -> None:
+    """Install for the new names (the values of `names`) what `guards` say about the old ones; `done` as in `rename`."""
     for guard in guards:
-        source = rename_all(guard.originating_source, names)
+        source = rename(guard.originating_source, names, done)
         # A tensor's guard holds the tensor itself; it came when the tensor was lifted.
         if source is not guard.originating_source and guard.create_fn_name() != "TENSOR_MATCH":
             tx.output.guards.add(Guard(source, guard.create_fn, user_stack=guard.user_stack, stack=guard.stack))
-
-
-def rename_all(source: Source, names: dict[Source, Source]) -> Source:
-    for old, new in names.items():
-        source = rename(source, old, new)
-    return source
 
 
 def mentions_others(guard: Guard) -> bool:

@@ -4,9 +4,9 @@ An idiom only says where a routed sum may end and in which order its rows stand 
 docs/adding-an-idiom.md.
 """
 
-from moec.passes.idioms import loop, slots
+from moec.passes.idioms import dense, loop, slots
 from moec.passes.idioms.common import Candidate, Found
 
-IDIOMS = (loop, slots)
+IDIOMS = (loop, slots, dense)
 
 __all__ = ["IDIOMS", "Candidate", "Found"]

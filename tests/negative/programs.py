@@ -829,4 +829,127 @@ class BatchedWeightsEscape(BatchedLayer):
         return (rows * topk_weights.reshape(-1, 1)).view(T, K, D).sum(dim=1) + penalty
 
 
+# dense_loop
+
+
+class DenseLoopLayer(Layer):
+    def weights(self, x, topk_ids, topk_weights):
+        return topk_weights.new_zeros(x.shape[0], E).scatter(1, topk_ids, topk_weights)
+
+    def routed(self, x, topk_ids, topk_weights):
+        out, weights = torch.zeros_like(x), self.weights(x, topk_ids, topk_weights)
+        for e in range(E):
+            out = out + self.experts[e](x) * weights[:, e, None]
+        return out
+
+
+@near_miss("dense_loop", "weights are zero for experts not chosen: a tenth of the softmax over all is added (soft MoE)")
+class DenseLoopSoft(DenseLoopLayer):
+    def weights(self, x, topk_ids, topk_weights):
+        soft = F.linear(x, self.router.weight).softmax(-1)
+        return super().weights(x, topk_ids, topk_weights) + 0.1 * soft  # <-
+
+
+@near_miss(
+    "dense_loop", "weights are zero for experts not chosen: the buffer they are scattered to starts at a hundredth"
+)
+class DenseLoopStartsHigh(DenseLoopLayer):
+    def weights(self, x, topk_ids, topk_weights):
+        return topk_weights.new_full((x.shape[0], E), 0.01).scatter(1, topk_ids, topk_weights)  # <-
+
+
+@near_miss(
+    "dense_loop", "each expert is weighed with its own weight: expert e gets that of expert e - 1", other_sum=True
+)
+class DenseLoopNeighborsWeight(DenseLoopLayer):
+    def routed(self, x, topk_ids, topk_weights):
+        out, weights = torch.zeros_like(x), self.weights(x, topk_ids, topk_weights)
+        for e in range(E):
+            out = out + self.experts[(e + 1) % E](x) * weights[:, e, None]  # <-
+        return out
+
+
+@near_miss("dense_loop", "what an expert adds is zero where it was not chosen: the weight goes to a sigmoid first")
+class DenseLoopSigmoidOfZero(DenseLoopLayer):
+    def weights(self, x, topk_ids, topk_weights):
+        return super().weights(x, topk_ids, topk_weights).sigmoid()  # <-
+
+
+@near_miss("dense_loop", "f(0) = 0 for weights on the input side: these experts have biases")
+class DenseLoopInputSideBias(DenseLoopLayer):
+    def expert(self):
+        return BODIES["gelu"](D, WIDTH)
+
+    def routed(self, x, topk_ids, topk_weights):
+        out, weights = torch.zeros_like(x), self.weights(x, topk_ids, topk_weights)
+        for e in range(E):
+            out = out + self.experts[e](x * weights[:, e, None])  # <-
+        return out
+
+
+@near_miss("dense_loop", "each expert sees the same tokens: expert e sees what expert e - 1 left")
+class DenseLoopSequential(DenseLoopLayer):
+    def routed(self, x, topk_ids, topk_weights):
+        out, weights = x * 0, self.weights(x, topk_ids, topk_weights)
+        for e in range(E):
+            out = out + self.experts[e](x + out) * weights[:, e, None]  # <-
+        return out
+
+
+@near_miss("dense_loop", "every expert is in the sum: the last is left out")
+class DenseLoopLeavesOneOut(DenseLoopLayer):
+    def routed(self, x, topk_ids, topk_weights):
+        out, weights = torch.zeros_like(x), self.weights(x, topk_ids, topk_weights)
+        for e in range(E - 1):  # <-
+            out = out + self.experts[e](x) * weights[:, e, None]
+        return out
+
+
+# dense_stacked
+
+
+class DenseStackedLayer(StackedLayer):
+    """Maps y [T, E, D] and weights [T, E] to [T, D]."""
+
+    def routed(self, x, topk_ids, topk_weights):
+        weights = topk_weights.new_zeros(x.shape[0], E).scatter(1, topk_ids, topk_weights)
+        h = self.experts.activate(torch.einsum("td,efd->tef", x, self.experts.up_proj))
+        y = torch.einsum("tef,edf->ted", h, self.experts.down_proj)
+        return self.combined(y, weights, topk_ids)
+
+    def combined(self, y, weights, topk_ids):
+        raise NotImplementedError
+
+
+@near_miss("dense_stacked", "every expert is weighed with its own weight: they are in reverse")
+class DenseStackedReversed(DenseStackedLayer):
+    def combined(self, y, weights, topk_ids):
+        return torch.einsum("ted,te->td", y, weights.flip(1))  # <-
+
+
+@near_miss("dense_stacked", "all but the chosen pairs are zero: the mask is that of the experts not chosen")
+class DenseStackedComplement(DenseStackedLayer):
+    def combined(self, y, weights, topk_ids):
+        chosen = F.one_hot(topk_ids, E).sum(1).bool()
+        return y.masked_fill(chosen[..., None], 0.0).mean(1)  # <-
+
+
+@near_miss("dense_stacked", "the sum is over experts: this one is over tokens")
+class DenseStackedSumsTokens(DenseStackedLayer):
+    def combined(self, y, weights, topk_ids):
+        return torch.einsum("ted,te->ed", y, weights)[topk_ids[:, 0]]  # <-
+
+
+@near_miss("dense_stacked", "an expert's rows are independent: each is divided by the largest of its expert")
+class DenseStackedNormalizesOverTokens(DenseStackedLayer):
+    def combined(self, y, weights, topk_ids):
+        return ((y / y.abs().amax(0)) * weights[..., None]).sum(1)  # <-
+
+
+@near_miss("dense_stacked", "nothing reads what the experts computed for other tokens: their mean is added")
+class DenseStackedMeanEscapes(DenseStackedLayer):
+    def combined(self, y, weights, topk_ids):
+        return (y * weights[..., None]).sum(1) + y.mean()  # <-
+
+
 NEAR_MISSES = tuple(_found)

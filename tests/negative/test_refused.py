@@ -27,6 +27,7 @@ UNEXPLAINED = "no idiom explains how the tokens are dispatched"
 LEAVES = "expert ids leave the graph"
 INDEX = "rows are added at an index that is not known to be the rows of one expert"
 ASSUMED = "tracing assumed here that every expert has tokens"
+NOT_ZERO = "what the experts that a token did not choose add is not known to be zero"
 BROKEN = f"{LEAVES}|{ASSUMED}"
 REASONS = {
     "WhereLastWriterWins": UNEXPLAINED,
@@ -80,6 +81,17 @@ REASONS = {
     "BatchedTwoIds": "weights are not gathered by the expert id of each slot",
     "BatchedSumOverWrongAxis": UNEXPLAINED,
     "BatchedSoftmaxOverSlots": UNEXPLAINED,
+    "DenseLoopSoft": NOT_ZERO,
+    "DenseLoopStartsHigh": NOT_ZERO,
+    "DenseLoopSigmoidOfZero": NOT_ZERO,
+    "DenseLoopInputSideBias": UNEXPLAINED,
+    "DenseLoopSequential": "the buffer that the experts add to does not start at zero",
+    "DenseLoopLeavesOneOut": "3 of 4 experts are in the sum",
+    "DenseStackedReversed": NOT_ZERO,
+    "DenseStackedComplement": UNEXPLAINED,
+    "DenseStackedSumsTokens": UNEXPLAINED,
+    "DenseStackedNormalizesOverTokens": "a value computed inside an expert is read outside the region",
+    "DenseStackedMeanEscapes": "a value computed inside an expert is read outside the region",
 }
 # routed sums that are not the idiom's: a right rewrite is as good as a refusal
 RIGHT = {"HitDividesByNumberHit", "BatchedWeightsEscape", *(miss.name for miss in NEAR_MISSES if miss.other_sum)}
