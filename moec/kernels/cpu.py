@@ -100,24 +100,40 @@ def grouped_outer(
 
 
 def expert_rows(values: Sequence[Tensor], offsets: Tensor, rows: int) -> Tensor:
-    value = values[0] if len(values) == 1 else values
+    """One gather from a stack; a loop over the experts that have rows where values are separate."""
     out = values[0].new_empty((rows, *values[0].shape[1 if len(values) == 1 else 0 :]))
-    for e, begin, end in segments(offsets):
-        out[begin:end] = value[e]
-    out[_end(offsets) :].zero_()
+    end = _end(offsets)
+    if len(values) == 1 and end:
+        counts = offsets.diff(prepend=offsets.new_zeros(1))
+        owner = torch.arange(offsets.numel()).repeat_interleave(counts, output_size=end)
+        torch.index_select(values[0], 0, owner, out=out[:end])
+    else:
+        for e, begin, stop in segments(offsets):
+            out[begin:stop] = values[e]
+    out[end:].zero_()
     return out
 
 
 def expert_sums(rows: Tensor, offsets: Tensor, experts: Sequence[int] | None, dtype: torch.dtype) -> list[Tensor]:
-    accumulate = accumulation_dtype(rows.dtype)
-    sums = rows.new_zeros((offsets.shape[0], *rows.shape[1:]), dtype=dtype)
-    for e, begin, end in segments(offsets):
-        sums[e] = rows[begin:end].sum(0, dtype=accumulate)
+    """`embedding_bag` for many experts with few rows each, where a loop is all overhead. It adds one row after the other, which
+    errs more than the pairwise `sum` once there are many.
+    """
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    few = rows.numel() > 0 and counts.numel() > 0 and int(counts.max()) <= 32
+    if few and rows.is_floating_point() and dtype == rows.dtype:
+        starts = offsets - counts
+        flat = rows.reshape(rows.shape[0], -1).contiguous()
+        sums = torch.embedding_bag(flat, torch.arange(_end(offsets)), starts)[0].view(-1, *rows.shape[1:])
+    else:
+        accumulate = accumulation_dtype(rows.dtype)
+        sums = rows.new_zeros((offsets.shape[0], *rows.shape[1:]), dtype=dtype)
+        for e, begin, end in segments(offsets):
+            sums[e] = rows[begin:end].sum(0, dtype=accumulate)
     return [sums] if experts is None else [sums[e].clone() for e in experts]
 
 
 def _end(offsets: Tensor) -> int:
-    return int(offsets[-1])
+    return int(offsets[-1]) if offsets.numel() else 0
 
 
 def _hit(offsets: Tensor) -> tuple[list[int], list[int], int]:
