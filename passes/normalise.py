@@ -273,7 +273,7 @@ class Values:
             return self._index(x, (*(slice(None),) * _positive(dim, x), index), val)
         if name in ("floor_divide", "div"):
             mode = kwargs.pop("rounding_mode", None)
-            if name == "floor_divide" or mode == "floor":
+            if name == "floor_divide" or mode == "floor" or (mode == "trunc" and _counts(x)):
                 return make("floor_divide", args[:2], (), val)
             return make("div", args[:2], (("rounding_mode", mode),) if mode else (), val)
         if name == "expand" or name == "expand_as":
@@ -532,6 +532,13 @@ def _new_axes_only_reshape(index: tuple[Arg, ...]) -> bool:
     text = "".join(kinds)
     first, last = text.find("a"), text.rfind("a")
     return first >= 0 and "s" not in text[first:last] and "n" not in text[first:last]
+
+
+def _counts(x: Arg) -> bool:
+    """Whether a term is made of indices, which are not negative: rounding down and towards zero are the same."""
+    if isinstance(x, Term) and x.op == "item_of" and isinstance(x.args[0], Term):
+        return x.args[1] == 1 and x.args[0].op in ("sort", "topk")
+    return isinstance(x, Term) and x.op == "arange"
 
 
 def _takes_one(args: tuple[Arg, ...], size: object) -> bool:

@@ -950,8 +950,57 @@ class NumbersHitExperts(Layer):
         return out
 
 
+class RemembersOneExpertsTokens(Layer):
+    """What is remembered was there before the loop; whether it is depends on expert 3."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.kept = None
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out, self.kept = torch.zeros_like(x), weights
+        for e in range(self.num_experts):
+            token, slot = torch.where(ids == e)
+            if token.numel() == 0:
+                continue
+            if e == 3:
+                self.kept = ids
+            out.index_add_(0, token, self.experts[e](x[token]) * weights[token, slot, None])
+        return out + self.kept.sum()
+
+
+class Held:
+    last = None
+
+
+class Stream(nn.Module):
+    """Layers in a loop; what each one makes is kept in an object that was there before, or in a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(WhereSkippingByNumel() for _ in range(2))
+
+    def forward(self, x):
+        held = Held()
+        h = x + 1
+        scales = {i: h.mean() for i in range(2)}  # before Python 3.12 a comprehension makes `h` a cell
+        for i, layer in enumerate(self.layers):
+            held.last = h * 2
+            h = h + layer(h) * scales[i]
+        return h + held.last
+
+
+def test_a_tensor_made_in_the_loop_may_be_kept():
+    model = Stream().double()
+    fn, backend = compiled(model)
+    assert_same(fn, model, torch.randn(T, D, dtype=torch.float64))
+    assert len(backend.graphs) == 1
+    assert backend.places[0]
+
+
 @pytest.mark.parametrize("stamping", [True, False])
-@pytest.mark.parametrize("form", [CountsUsedExperts, CountsHitExperts, NumbersHitExperts])
+@pytest.mark.parametrize("form", [RemembersOneExpertsTokens, CountsUsedExperts, CountsHitExperts, NumbersHitExperts])
 @pytest.mark.filterwarnings("ignore:moec. traced again")
 def test_python_numbers_that_depend_on_the_routing(form, stamping):
     model = form(skip=(0, 3)).double()

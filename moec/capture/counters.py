@@ -8,8 +8,8 @@
 
 The marker says what was assumed, but the graph holds only `out / 8`: nobody could see there that 8 is part of the assumption. So
 loops in which something was assumed must leave the numbers, strings and flags alone that a later iteration or the code after
-the loop reads, attributes of objects, and what is not a tensor in lists and dicts. If one has changed, the frame is traced again
-without the assumptions of this loop.
+the loop reads, attributes of objects (but for tensors made in the loop), and what is not a tensor in lists and dicts. If one has
+changed, the frame is traced again without the assumptions of this loop.
 
 Not handled: loops left by `break`, loops in generators (Dynamo's own `enumerate` is one), `len()` of a list of tensors that the
 loop appended to.
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import fx
 from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
-from torch._dynamo.variables import ConstantVariable, ConstDictVariable, ListVariable, VariableTracker
+from torch._dynamo.variables import ConstantVariable, ConstDictVariable, ListVariable, TensorVariable, VariableTracker
 
 from . import frames
 from .liveness import is_generator, live_locals
@@ -42,12 +43,13 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
             # A loop over hit experts was assumed about just before it began.
             began = [place for place in frames.assumptions(self)[-1:] if place == frames.where(self)]
             kept = (_constants(self), _attributes(self), _objects(self), _containers(self))
-            begun[id(inst)] = (iterator, kept, len(frames.assumptions(self)) - len(began))
+            last = self.output.graph._root.prev
+            begun[id(inst)] = (iterator, kept, len(frames.assumptions(self)) - len(began), last)
         body = self.instruction_pointer
         original(self, inst)
         if self.instruction_pointer == body:
             return None
-        _, (before, attributes, objects, containers), assumed = begun.pop(id(inst))
+        _, (before, attributes, objects, containers), assumed, last = begun.pop(id(inst))
         places = set(frames.assumptions(self)[assumed:])
         if places:
             after = _constants(self)
@@ -57,7 +59,7 @@ def _compare_constants(original: Callable[..., None]) -> Callable[..., None]:
             counting += sorted(
                 name
                 for (item, name), value in _attributes(self).items()
-                if item in objects and attributes.get((item, name)) is not value
+                if item in objects and attributes.get((item, name)) is not value and not _made_since(last, value)
             )
             now = _containers(self)
             counting += ["a list" for key, was in containers.items() if _remembers(now.get(key, was), was)]
@@ -72,6 +74,22 @@ def _attributes(tx: InstructionTranslatorBase) -> dict[tuple[int, str], object]:
     """What has been assigned so far to attributes of objects and to cells, by the object's variable."""
     stored = getattr(tx.output.side_effects, "store_attr_mutations", {})
     return {(id(item), name): value for item, values in stored.items() for name, value in values.items()}
+
+
+def _made_since(last: fx.Node, value: object) -> bool:
+    """Whether a tensor was stored that the loop made, after node `last`: the graph returns it, and so shows who made it.
+
+    One that was there before is not: whether it is stored may depend on an expert all the same.
+    """
+    value = value.unwrap() if isinstance(value, VariableTracker) else value
+    if not isinstance(value, TensorVariable) or value.source is not None:
+        return False
+    node, wanted = last.next, value.as_proxy().node
+    while node.op != "root":
+        if node is wanted:
+            return True
+        node = node.next
+    return False
 
 
 def _objects(tx: InstructionTranslatorBase) -> set[int]:
