@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from moec import ops, schedule
 from moec.config import Options
@@ -152,7 +153,9 @@ def test_every_file_of_the_house_is_on_the_map() -> None:
 
 def test_names_that_are_listed() -> None:
     assert set(re.findall(r"`models/(\w+)\.py`", section(README, "What it recognizes"))) == set(IDIOMS)
-    assert {i.__name__.rsplit(".", 1)[-1] for i in idioms.IDIOMS} == {"loop", "slots"}, "the document lists them"
+    assert {i.__name__.rsplit(".", 1)[-1] for i in idioms.IDIOMS} == {"loop", "slots", "dense"}, (
+        "the document lists them"
+    )
     for strategy in schedule.STRATEGIES:
         assert f"`{strategy.name}`" in DESIGN, strategy.name
 
@@ -162,10 +165,16 @@ def test_readme_runs() -> None:
     layer, x = layers.build("static_where", torch.float32), layers.tokens(17, torch.float32)
     program = torch.export.export(layers.build("one_hot", torch.float32), (x,))
 
-    def model(input_ids: torch.Tensor) -> torch.Tensor:
-        return layer(input_ids)
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Module() for _ in range(4))
+            self.layers[3].mlp = layer
 
-    namespace: dict[str, object] = {"model": model, "ids": x, "gm": program.module(), "example_inputs": (x,)}
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return layer(input_ids)
+
+    namespace: dict[str, object] = {"model": Decoder(), "ids": x, "gm": program.module(), "example_inputs": (x,)}
     assert len(run("README.md", README, namespace)) >= 4
     assert [s.status for s in namespace["sites"]] == ["rewritten"]  # type: ignore[attr-defined]
     assert namespace["report"].graph_breaks == 0  # type: ignore[attr-defined]
