@@ -10,6 +10,7 @@ library that is not there raises, ends in one line on stderr and status 2.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((c for c in COMMANDS if argv and c.name == argv[0]), None)
-    parser = argparse.ArgumentParser(prog="moec", description="Mixture-of-Experts models, compiled, planned and placed.")
+    parser = argparse.ArgumentParser(
+        prog="moec", description="Mixture-of-Experts models, compiled, planned and placed."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in COMMANDS:
         sub = commands.add_parser(command.name, help=command.help, description=command.help)
@@ -48,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert chosen is not None
     try:
         return int(import_module(chosen.module).run(args))
+    except BrokenPipeError:  # `moec plan | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 0
     except (MoecError, OSError, ImportError) as error:
         print(f"moec {chosen.name}: {error}", file=sys.stderr)
         return 2
