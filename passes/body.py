@@ -260,6 +260,7 @@ class Body:
             "permute": torch.permute,
             "select": torch.select,
             "cast": torch.Tensor.to,
+            "detach": torch.detach,
         }
         if term.op in rebuilt and not term.nodes:
             return Apply(rebuilt[term.op], (self.outer(term.args[0]), *term.args[1:]))

@@ -31,30 +31,39 @@ if TYPE_CHECKING:
 
 def leaf(body: Body, term: Term, order: Pairs | EveryToken, lead: int) -> Expr | None:
     """The leaf or change of order that a term is, None to walk on."""
-    if (chosen := _chosen(body, term)) is not None:
+    if (chosen := _chosen(body, term, order, lead)) is not None:
         body.inner.append(term)
         rows = body.rows(chosen, order, lead)
         return rows if dtype(chosen) == dtype(term) else Apply(torch.Tensor.to, (rows, dtype(term)))
     return _every_token(body, term, lead) if isinstance(order, EveryToken) else _pairs(body, term, order, lead)
 
 
-def _chosen(body: Body, term: Term) -> Arg:
+def _chosen(body: Body, term: Term, order: Pairs | EveryToken, lead: int) -> Arg:
     """What the term is for the slots, when a mask only says that other pairs are zero."""
     if term.op == "mul":
         for mask, other in (term.args[:2], term.args[1::-1]):
-            if _is_mask(body, mask) and shape(other) == shape(term):
+            if shape(other) == shape(term) and _is_mask(body, mask, term, order, lead):
                 return other
-    if term.op == "where" and len(term.args) == 3 and _is_mask(body, term.args[0]):
+    if term.op == "where" and len(term.args) == 3 and _is_mask(body, term.args[0], term, order, lead):
         return term.args[1] if shape(term.args[1]) == shape(term) else None
-    if term.op == "masked_fill" and (mask := support.negated(term.args[1])) is not None and _is_mask(body, mask):
-        return term.args[0]
+    if term.op == "masked_fill" and (mask := support.negated(term.args[1])) is not None:
+        whole = shape(mask) == shape(term.args[1])
+        return term.args[0] if whole and _is_mask(body, mask, term, order, lead) else None
     return None
 
 
-def _is_mask(body: Body, term: Arg) -> bool:
-    """Whether the tensor is one exactly for the slots: no choice is left out, and distinct ids are counted once."""
-    found = body.supports.zero(term)
-    return facts.mask_of(term) is not None and found is not None and found.root is body.ids and "K" not in found.axes
+def _is_mask(body: Body, mask: Arg, out: Term, order: Pairs | EveryToken, lead: int) -> bool:
+    """Whether the tensor is one exactly for the slots of the rows of `out`: those of their own expert, in the same order."""
+    found, own, full = body.supports.zero(mask), shape(mask), shape(out)
+    if facts.mask_of(mask) is None or found is None or found.root is not body.ids or own is None or full is None:
+        return False
+    axes = ("1",) * (len(full) - len(own)) + found.axes
+    rows = tuple(a for a in axes[:lead] if a != "1")
+    if any(a != "1" for a in axes[lead:]):
+        return False
+    if isinstance(order, EveryToken):
+        return rows == found.tokens and hole_values(found.expert) == tuple(range(body.num_experts or 0))
+    return found.expert is None and rows == (found.pairs if order.token_first else ("E", *found.tokens))
 
 
 # -- rolled loops ----------------------------------------------------------------------------------------------------------
@@ -78,10 +87,14 @@ def _masked_weights(body: Body, term: Term) -> Expr | None:
     if found is None or term.op != "sum" or not isinstance(term.args[0], Term) or body.ids is not found.root:
         return None
     inner, keep = term.args[0], term.args[2]
+    if not isinstance(keep, bool) or found.axes != (*found.tokens, *(("1",) if keep else ())):
+        return None
     parts = inner.args[:2] if inner.op in ("mul", "where") else ()
     for weight, mask in (parts, parts[::-1]) if parts else ():
         known = facts.mask_of(mask)
         if known is None or known.summed or known.root is not body.ids or has_hole(weight):
+            continue
+        if hole_values(known.expert) != tuple(range(body.num_experts or 0)):
             continue
         sizes, own = shape(weight), shape(known.ids)
         if sizes is None or own is None or len(sizes) != len(own) or not all(map(same_size, sizes, own)):
@@ -101,8 +114,10 @@ def _pairs(body: Body, term: Term, order: Pairs, lead: int) -> Expr | None:
     if sizes is None:
         return None
     if op == "repeat" and lead == 1 and not order.token_first and args[1] == (body.num_experts, 1):
+        body.inner.append(term)
         return token_rows(body, args[0], 1)
     if op == "repeat_interleave" and lead == 1 and order.token_first and args[1:3] == (body.num_experts, 0):
+        body.inner.append(term)
         return token_rows(body, args[0], 1)
     if lead < 2:
         return None
@@ -152,6 +167,7 @@ def unit_rows(body: Body, term: Term, lead: int, at: int) -> Expr:
     sizes = shape(term) or ()
     kept = (*sizes[:at], *sizes[at + 1 :])
     if isinstance(below, Term) and _alike(shape(below), kept):
+        body.inner.append(term)
         return token_rows(body, below, lead - 1)
     return token_rows(body, term, lead)
 
@@ -182,6 +198,9 @@ def pair_values(body: Body, source: Term, term: Term) -> Expr:
     if body.ids is None or body.top_k is None or body.num_experts is None:
         raise Refused("the expert ids of these rows are not known", term)
     if sizes is None or len(sizes) < 2 or sizes[-1] != body.num_experts:
+        raise Refused("weights of pairs that are not [tokens, experts]", term)
+    known = body.supports.of(source)
+    if known is not None and known.root is body.ids and known.axes != known.pairs:
         raise Refused("weights of pairs that are not [tokens, experts]", term)
     ids: Expr = Apply(torch.clamp, (body.outer(body.ids), 0, body.num_experts - 1))
     if dtype(body.ids) != torch.int64:

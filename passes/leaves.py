@@ -158,7 +158,7 @@ def _masked_weights(body: Body, source: Arg, order: LoopRows) -> Expr | None:
     if not isinstance(source, Term) or source.op != "sum" or source.args[1] != ((rank(order.mask.ids) or 0) - 1,):
         return None
     inner, keep = source.args[0], source.args[2]
-    if not isinstance(inner, Term):
+    if not isinstance(inner, Term) or not isinstance(keep, bool):
         return None
     parts: tuple[Arg, ...] = ()
     if inner.op == "mul":

@@ -24,6 +24,7 @@ from moec.passes.spelling import (
     IDENTITIES,
     SIGNATURES,
     SYNONYMS,
+    VIEWS,
     asks_in_place,
     canonical_name,
     hidden_writes,
@@ -45,6 +46,7 @@ class Values:
         self.graph = graph
         self._intern = Interner().make
         self._states = ambient_states(graph)
+        self._grad = torch.is_grad_enabled()
         self._at: fx.Node | None = None
         self.of: dict[fx.Node, Arg] = {}
         self.reads: dict[tuple[fx.Node, fx.Node], Arg] = {}
@@ -97,7 +99,8 @@ class Values:
             self._call(node)
         else:
             self._define(node, self._opaque(node), None)
-            self._written_by_stranger(node)
+            if not (node.op == "call_module" and node.target == "_guards_fn"):  # of torch.export: it checks its inputs
+                self._written_by_stranger(node)
 
     def _written_by_stranger(self, node: fx.Node) -> None:
         """A function we know nothing about may write to what it is given."""
@@ -122,6 +125,8 @@ class Values:
             self._write(node, target, self._setitem(args[0], args[1], args[2], _val(target)))
             self._define(node, None, None)
             return
+        if self._stops_gradient(node, name) and args and isinstance(args[0], Term):
+            args = (self.make("detach", (args[0],), (), args[0].val), *args[1:])
         target = node.args[0] if node.args else node.kwargs.get("input")
         if "out" in kwargs:
             self._define(node, self._opaque(node), None)
@@ -149,6 +154,17 @@ class Values:
             self._written_by_stranger(node)
         aliased = isinstance(target, fx.Node) and may_alias(node, name) and not _copies(name, args, target, node)
         self._define(node, value, target if aliased and isinstance(target, fx.Node) else None)
+
+    def _stops_gradient(self, node: fx.Node, name: str) -> bool:
+        """Whether a view or copy of a value is made under no_grad, in a graph that is not: then it is not the value itself."""
+        if (
+            self._states[node].grad
+            or not self._grad
+            or not (name in IDENTITIES or name in VIEWS or name.endswith("dropout"))
+        ):
+            return False
+        x = _val(node.args[0]) if node.args else None
+        return is_tensor(x) and x.is_floating_point() and getattr(x, "requires_grad", True)
 
     def _define(self, node: fx.Node, value: Arg, alias_of: fx.Node | None) -> None:
         if isinstance(value, Term):
@@ -287,6 +303,7 @@ class Values:
             step = args[2] if len(args) > 2 else kwargs.get("step", 1)
             if start == 0 and step == 1 and not isinstance(start, Term):
                 return make("arange", (_size(val.shape[0]), val.dtype), (), val)
+            return make("arange_from", args, tuple(sorted(kwargs.items())), val)
         if name in SIGNATURES:
             try:
                 bound = self._bind(name, args, kwargs)
@@ -324,7 +341,7 @@ class Values:
             return self._reshape(one, val)
         if name == "narrow":
             start, length = args[2], args[3]
-            if isinstance(start, int) and isinstance(length, int):
+            if isinstance(start, int) and isinstance(length, int) and start >= 0:
                 return self.make("slice", (x, _positive(args[1], x), start, start + length, 1), (), val)
         if name in (
             "slice",

@@ -9,7 +9,7 @@ and whoever reads it has to prove something about its values or refuse. Rolling 
 
 from __future__ import annotations
 
-from moec.passes.terms import Arg, Hole, Interner, Term, children
+from moec.passes.terms import Arg, Hole, Interner, Term, children, shape
 
 LEAVES = ("placeholder", "get_attr", "opaque")
 
@@ -52,6 +52,7 @@ class Roller:
             i.op == first.op
             and len(i.args) == len(first.args)
             and tuple(k for k, _ in i.kwargs) == tuple(k for k, _ in first.kwargs)
+            and _same_form(i, first)
             for i in instances
         )
         if not alike or first.op in LEAVES:
@@ -79,6 +80,16 @@ class Roller:
                 known.instances = instances
             self._known[key] = known  # type: ignore[index]
         return known
+
+
+def _same_form(a: Term, b: Term) -> bool:
+    """Whether two terms have the same rank and sizes, but for those that only the data know."""
+    own, other = shape(a), shape(b)
+    if own is None or other is None:
+        return (own is None) == (other is None)
+    return len(own) == len(other) and all(
+        m == n for m, n in zip(own, other) if isinstance(m, int) and isinstance(n, int)
+    )
 
 
 def _identity(arg: Arg) -> object:

@@ -8,7 +8,8 @@ Code that runs every expert on every token makes up for it with zeros. Outside t
 `off`, which is 0, or -inf on the way to a sigmoid or softmax; and that is why only those pairs have to be computed. What is known
 about a tensor is the *axis* that each of its dims is:
 
-    T token    K choice    E expert    1 of size one    * anything: what is said holds all along it    TE, ET two dims made one
+    T token (T0, T1 if several dims)    K choice    E expert    1 of size one
+    * anything: what is said holds all along it    TE, ET two dims made one
 
 Every rule here is about one operation, and most say that zero stays zero. What has no rule is not known to be zero. That
 0 * inf is NaN is left out of account: it is the second licence of docs/design.md.
@@ -26,7 +27,7 @@ from moec.passes.terms import Arg, Term, numel, rank, same_size, shape
 # f(0) = 0, and the derivative there is finite
 ZERO_AT_ZERO = {
     "silu", "gelu", "relu", "relu6", "tanh", "leaky_relu", "elu", "selu", "celu", "mish", "hardswish", "softsign", "tanhshrink",
-    "sin", "erf", "square", "abs", "neg", "detach", "cast", "hardtanh",
+    "sin", "erf", "square", "abs", "neg", "detach", "cast",
 }  # fmt: skip
 
 
@@ -43,9 +44,14 @@ class Support:
     one_hot: bool = False  # made by an operation that refuses ids beyond the last expert
 
     @property
-    def token_dims(self) -> int:
-        """How many dims of the ids are tokens."""
-        return max((rank(self.ids) or 1) - 1, 1)
+    def tokens(self) -> tuple[str, ...]:
+        """The names of the token dims, in the order of the ids."""
+        return token_names(max((rank(self.ids) or 1) - 1, 1))
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """The axes of a tensor [tokens.., experts]."""
+        return (*self.tokens, "E")
 
 
 class Supports:
@@ -70,22 +76,42 @@ class Supports:
 
     def _find(self, term: Term) -> Support | None:
         if term.op in ZERO_AT_ZERO and (inner := self.of(term.args[0] if term.args else None)) is not None:
-            return inner if inner.off == 0 or term.op in ("cast", "detach") else None
+            kept = term.op == "detach" or (term.op == "cast" and term.args[1].is_floating_point)
+            return inner if inner.off == 0 or kept else None
         if (mask := facts.mask_of(term)) is not None:
             return _of_mask(mask)
         rule = RULES.get(term.op)
         return rule(self, term) if rule is not None else None
 
 
+def token_names(dims: int) -> tuple[str, ...]:
+    return ("T",) if dims == 1 else tuple(f"T{d}" for d in range(dims))
+
+
 def _of_mask(mask: facts.Mask) -> Support | None:
     dims = rank(mask.ids) or 0
     choice = dims - 1 if dims > 1 else None
-    names: dict[int | str, str] = {"E": "E", "1": "1"}
-    names.update((d, "K" if d == choice else "T") for d in range(dims))
-    if mask.summed - {choice} or (mask.expert is None and "E" not in mask.axes):
+    names: dict[int | str, str] = {"E": "E", "1": "1", **dict(enumerate(token_names(max(dims - 1, 1))))}
+    if choice is not None:
+        names[choice] = "K"
+    if (
+        mask.summed - {choice}
+        or (mask.expert is None and "E" not in mask.axes)
+        or not keeps_choices(mask.root, mask.ids)
+    ):
         return None
     axes = tuple(names[a] for a in mask.axes)
     return Support(mask.root, mask.ids, axes, mask.num_experts, mask.expert, 0.0, mask.one_hot)
+
+
+def keeps_choices(root: Term, ids: Term) -> bool:
+    """Whether the ids as they are compared have the choices of one token in each row, as their root has."""
+    own, first = shape(ids), shape(root)
+    if not own or not first:
+        return False
+    if len(own) == 1:
+        return len(first) == 1 or same_size(first[-1], 1)
+    return len(first) > 1 and same_size(own[-1], first[-1])
 
 
 def filled_with(term: Arg) -> float | None:
@@ -112,7 +138,9 @@ def _scatter(known: Supports, term: Term) -> Support | None:
         return None
     if not all(map(same_size, sizes[:-1], out[:-1])):
         return None
-    return Support(root, ids, (*("T",) * (len(out) - 1), "E"), out[-1], None, off, True)
+    if not keeps_choices(root, ids):
+        return None
+    return Support(root, ids, (*token_names(len(out) - 1), "E"), out[-1], None, off, True)
 
 
 def _index_put(known: Supports, term: Term) -> Support | None:
@@ -125,6 +153,8 @@ def _index_put(known: Supports, term: Term) -> Support | None:
     root, sizes = facts.ids_root(ids), shape(ids)
     counted = rows.args[0] if isinstance(rows, Term) and rows.op == "reshape" else None
     if root is None or sizes is None or len(sizes) != 2 or not isinstance(counted, Term) or counted.op != "arange":
+        return None
+    if not keeps_choices(root, ids):
         return None
     column = shape(rows)
     if column is None or len(column) != 2 or column[1] != 1:

@@ -34,14 +34,14 @@ def wrap_opcode(translator: type, name: str, around: Callable[[Callable[..., Non
         return  # another Python version's opcode
     if not wrap(translator, name, around):
         return
-    for cls in _with_subclasses(translator):
+    for cls in with_subclasses(translator):
         cls.dispatch_table[dis.opmap[name]] = getattr(cls, name)
 
 
-def _with_subclasses(cls: type) -> Iterator[type]:
+def with_subclasses(cls: type) -> Iterator[type]:
     yield cls
     for sub in cls.__subclasses__():
-        yield from _with_subclasses(sub)
+        yield from with_subclasses(sub)
 
 
 stamping_on = borrowing_on = True

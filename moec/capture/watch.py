@@ -2,7 +2,8 @@
 
 Dynamo reports writes to its `SideEffects`; while a `Watch` is open, a write to anything that existed before the iteration is an
 escape, except for appending to a list that is a local variable, as long as that list is not read as well. Comparing two
-objects by identity is an escape too. What the iteration teaches the ShapeEnv is remembered by node.
+objects by identity, asking for an id or a hash, looking an object up by key and advancing an iterator that was there before are
+escapes too. What the iteration teaches the ShapeEnv is remembered by node.
 """
 
 # Dynamo's annotations are wider than the values it passes here.
@@ -16,13 +17,18 @@ import sympy
 from torch import fx
 from torch._dynamo.bytecode_transformation import Instruction
 from torch._dynamo.output_graph import OutputGraph
-from torch._dynamo.symbolic_convert import InstructionTranslatorBase
-from torch._dynamo.variables import ConstantVariable, ListVariable, VariableTracker
+from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
+from torch._dynamo.variables import BuiltinVariable, ConstantVariable, ConstDictVariable, ListVariable, VariableTracker
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .indices import COMPARISONS, Index, Uses
-from .seams import wrap, wrap_opcode
+from .seams import with_subclasses, wrap, wrap_opcode
 from .trees import unmark
+
+try:
+    from torch._dynamo.variables.hashable import HashableTracker
+except ImportError:  # torch 2.11
+    HashableTracker = ConstDictVariable._HashableTracker  # type: ignore[misc]
 
 _WRITES = ("mutation", "store_attr", "store_instance_dict_attr", "store_cell", "store_global", "register_hook")
 
@@ -88,6 +94,54 @@ def install() -> None:
     for name in ("IS_OP", "CONTAINS_OP"):
         wrap_opcode(InstructionTranslatorBase, name, _note_identity)
     wrap(OutputGraph, "compile_and_call_fx_graph", _close_all)
+    for name in ("call_id", "call_hash"):
+        wrap(BuiltinVariable, name, _note_number_of_object)
+    getattr(BuiltinVariable, "call_function_handler_cache", {}).clear()  # it keeps the methods that it found
+    wrap(HashableTracker, "__init__", _note_key)
+    for cls in with_subclasses(VariableTracker):
+        for name in ("next_variable", "tp_iternext_impl"):
+            if name in vars(cls):
+                wrap(cls, name, _note_next)
+
+
+def _watching() -> list[Watch]:
+    """The watches of the frame that is being traced."""
+    return list(vars(InstructionTranslator.current_tx().output).get("_moec_watches", ()))
+
+
+def _note_number_of_object(original: Callable[..., object]) -> Callable[..., object]:
+    """id(expert) and hash(expert) are constants in the trace, and another one for each expert."""
+
+    def call(self: BuiltinVariable, tx: InstructionTranslatorBase, *args: object, **kwargs: object) -> object:
+        for watch in vars(tx.output).get("_moec_watches", ()):
+            watch.uses.escape("an object was asked for its id or hash")
+        return original(self, tx, *args, **kwargs)
+
+    return call
+
+
+def _note_key(original: Callable[..., None]) -> Callable[..., None]:
+    """An object that is looked up in a dict or set is there or not; another one need not be."""
+
+    def __init__(self: HashableTracker, vt: VariableTracker) -> None:
+        original(self, vt)
+        if not isinstance(self.vt.unwrap(), ConstantVariable):
+            for watch in _watching():
+                watch.uses.escape("an object was used as a key")
+
+    return __init__
+
+
+def _note_next(original: Callable[..., object]) -> Callable[..., object]:
+    """An iterator from before the iteration that is advanced in it yields something else next time."""
+
+    def step(self: VariableTracker, tx: InstructionTranslatorBase) -> object:
+        for watch in vars(tx.output).get("_moec_watches", ()):
+            if self.source is not None or id(self) in watch.reachable:
+                watch.uses.escape("an iterator from before the iteration was advanced")
+        return original(self, tx)
+
+    return step
 
 
 def _close_all(original: Callable[..., object]) -> Callable[..., object]:
@@ -144,7 +198,7 @@ class Watch:
         self._undo: list[Callable[[], None]] = []
         vars(tx.output).setdefault("_moec_watches", []).append(self)
         self._undo.append(lambda: tx.output._moec_watches.remove(self))
-        before = _reachable(tx)
+        before = self.reachable = _reachable(tx)
         for value in tx.stack[:depth]:
             if type(value) is ListVariable:
                 before.pop(id(value))  # a comprehension's list, which nothing but the loop can reach

@@ -139,9 +139,10 @@ def prove_chain(body: Body, chain: tuple[Link, ...]) -> Found | None:
     if out is None or shape(source) is None or not _same(out, shape(source)):
         raise Refused("rows of another shape than the sum's are added (broadcast)", source)
     _claim(body, found, len(terms), chain[0].term)
-    if found.axes[: found.token_dims] != ("T",) * found.token_dims:
+    lead = len(found.tokens)
+    if found.axes[:lead] != found.tokens:
         raise Refused("the rows of the experts are not those of the tokens", source)
-    return Found(NAME, body.rows(source, EveryToken(), found.token_dims))
+    return Found(NAME, body.rows(source, EveryToken(), lead))
 
 
 def prove_sum(body: Body, dim: int, term: Term) -> Found | None:
@@ -174,12 +175,12 @@ def prove_product(body: Body, term: Term) -> Found | None:
             continue
         axis = dict(zip(ws, found.axes))
         expert = next(c for c in ws if axis[c] == "E")
-        tokens = [c for c in ys if axis.get(c) == "T"]
+        tokens = [c for name in found.tokens for c in ys if axis.get(c) == name]
         feature = [c for c in ys if c not in (*tokens, expert)]
         units = [c for c in out if axis.get(c) == "1"]
         if expert in out or expert not in ys or any(c in ws for c in feature) or len(units) > 1:
             continue
-        if [c for c in out if c not in units] != [*tokens, *feature] or len(tokens) != found.token_dims:
+        if [c for c in out if c not in units] != [*tokens, *feature] or len(tokens) != len(found.tokens):
             continue
         if ys not in ("".join([*tokens, expert, *feature]), "".join([expert, *tokens, *feature])):
             continue
@@ -195,7 +196,8 @@ def _prove(
     lead = axes.index("*") if "*" in axes else len(axes)
     front = axes[:lead]
     token_first = front[-1] == "E"
-    if sorted(a for a in front if a != "1") != ["E"] + ["T"] * found.token_dims or not (token_first or front[0] == "E"):
+    wanted = found.pairs if token_first else ("E", *found.tokens)
+    if tuple(a for a in front if a != "1") != wanted or not (token_first or front[0] == "E"):
         raise Refused("pairs of tokens and experts in dims of another order", term)
     sizes = shape(rows)
     count = sizes[axes.index("E")] if sizes is not None else None
@@ -214,12 +216,15 @@ def _prove(
 
 def _column(body: Body, weights: Arg, features: int, term: Term) -> Expr:
     """The weights of the slots, to be multiplied with rows of that many feature dims."""
-    while isinstance(weights, Term) and weights.op in ("reshape", "permute"):
-        found = body.supports.zero(weights)
-        if found is None or found.axes == ("T",) * found.token_dims + ("E",):
+    while (
+        isinstance(weights, Term) and (found := body.supports.zero(weights)) is not None and found.axes != found.pairs
+    ):
+        if weights.op not in ("reshape", "permute"):
             break
+        body.inner.append(weights)
         weights = weights.args[0]
-    if not isinstance(weights, Term):
+    known = body.supports.zero(weights)
+    if not isinstance(weights, Term) or known is None or known.axes != known.pairs:
         raise Refused("weights of pairs that are not [tokens, experts]", term)
     return with_features(dense.pair_values(body, weights, term), (1,) * features)
 
@@ -237,7 +242,7 @@ def _claim(body: Body, found: Support, count: int, term: Term) -> None:
     body.claim_ids(found.root, term)
     body.claim_experts(count, term)
     body.claim_top_k(top_k, term)
-    body.token_dims = found.token_dims
+    body.token_dims = len(found.tokens)
     bound = facts.ids_bound(found.root)
     body.check_ids = found.one_hot and (bound is None or bound > count)
     body.fact("zero for every expert that a token did not choose", term)
