@@ -275,7 +275,7 @@ def _computes(term: Arg) -> bool:
 
 
 def _is_parameter(term: Arg) -> bool:
-    while isinstance(term, Term) and term.op in ("permute", "cast", "reshape"):
+    while isinstance(term, Term) and term.op in ("permute", "cast", "reshape", "select"):
         term = term.args[0]
     return isinstance(term, Term) and term.op in ("placeholder", "get_attr")
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import moec
+
 K, E, D, H = 2, 4, 8, 16
 OFF = {"moec.inner": "eager", "moec.verify": "off"}
 
@@ -217,6 +219,20 @@ def test_as_eager(attack: Callable[[Layer, Tensor], Tensor], tokens: int) -> Non
         runs.append((out, *(torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads))))
     for want, got in zip(*runs):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def stacked_weights(self, x):
+    _, _, W = self.route(x)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        out = out + F.linear(F.gelu(F.linear(x, self.up[e])), self.down[e]) * W[:, e, None]
+    return out
+
+
+@pytest.mark.parametrize("attack", [plain, stacked_weights, input_cloned_without_gradient])
+def test_what_is_sound_is_rewritten(attack: Callable[[Layer, Tensor], Tensor]) -> None:
+    report = moec.explain(Layer(attack), torch.randn(9, D, dtype=torch.float64))
+    assert [s.status for s in report.sites] == ["rewritten"]
 
 
 # -- loops over equal layers whose Python is not equal ------------------------------------------------------------------------
