@@ -1,6 +1,7 @@
 # make demo    set up, compile a Hugging Face MoE decoder, print report, errors and times
 # make test    set up, run the tests            make test ARGS="-k mixtral -x"
 # make check   format, lint, types, then tests
+# make zoo     every MoE family of transformers; continues where it stopped, ends by writing docs/zoo.md. ARGS=--help says more
 # make fmt FILES="passes/roll.py"    format and fix these files; name yours where others work in the same checkout
 #
 # The environment lives in .venv and is made once; it is refreshed when pyproject.toml or constraints.txt change.
@@ -15,7 +16,7 @@ PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check lint fmt clean
+.PHONY: setup demo zoo test check lint fmt clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -32,6 +33,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(PY) -u examples/demo.py $(ARGS)
+
+zoo: $(READY)
+	$(PY) -u -m benchmarks.zoo $(ARGS)
 
 test: $(READY)
 	$(PY) -u -m pytest $(ARGS)
