@@ -64,7 +64,7 @@ class Backend:
             if ours.strict:
                 raise StrictError(f"assumptions of capture that no site explains: {', '.join(sorted(left))}")
             capture.retrace_without(left)  # does not return: Dynamo traces the frame again
-        if capture.borrowed(result.gm):
+        if capture.markers.borrowed(result.gm):
             capture.retrace_exactly()  # nor does this
         self._tell(result)
         capture.promises.note(result.sites)

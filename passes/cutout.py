@@ -32,12 +32,12 @@ class Cutout:
 def cut(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> Cutout:
     """The original region, before the graph is changed."""
     inputs = [n for n in outer_nodes(region) if n not in region.derived]
-    same = _held(detection, inputs)
     position = detection.values.position
-    derived = _cone(detection, set(region.derived), set(same), region.root) if region.derived else set()
+    derived, same = _cone(detection, set(region.derived), inputs, region.root)
     made = sorted((n for n in derived if n.op not in ("placeholder", "get_attr")), key=position.__getitem__)
     output = region.root_readers[0][1] if region.root_readers else region.root
-    behind = _cone(detection, {region.root, output}, set(same), region.root)
+    behind, met = _cone(detection, {region.root, output}, inputs, region.root)
+    same |= met
     inputs += [n for n in gm.graph.nodes if n in behind and n.op in ("placeholder", "get_attr") and n not in inputs]
     try:
         before = extract(gm, [n for n in gm.graph.nodes if n in behind], inputs, output, "Before", same)
@@ -49,7 +49,7 @@ def cut(gm: fx.GraphModule, detection: Detection, region: MoERegion) -> Cutout:
 
 def inside(detection: Detection, region: MoERegion) -> list[fx.Node]:
     """The nodes of the original region, in graph order."""
-    found = _cone(detection, {region.root}, set(_held(detection, outer_nodes(region))), region.root)
+    found, _ = _cone(detection, {region.root}, outer_nodes(region), region.root)
     return sorted(found, key=detection.values.position.__getitem__)
 
 
@@ -67,23 +67,25 @@ def after(gm: fx.GraphModule, piece: Cutout, done: Lowered) -> fx.GraphModule:
     return extract(gm, nodes, ordered, done.result, "After", same, done.names)
 
 
-def _held(detection: Detection, inputs: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """The input whose value a node holds: two nodes may hold the same (x viewed twice), and then both are that input."""
+def _cone(
+    detection: Detection, wanted: set[fx.Node], inputs: list[fx.Node], last: fx.Node
+) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+    """What `wanted` is computed from, writes to the buffers on the way included, up to the node `last`; and for each node where
+    that ends the input whose value it holds: two nodes may hold the same (x viewed twice), and then both are that input.
+    """
     values = detection.values
     held = {id(values.of[n]): n for n in inputs}
-    return {n: held[id(v)] for n, v in values.of.items() if id(v) in held}
-
-
-def _cone(detection: Detection, wanted: set[fx.Node], stop: set[fx.Node], last: fx.Node) -> set[fx.Node]:
-    """What `wanted` is computed from, writes to the buffers on the way included, up to the node `last`."""
-    values = detection.values
     found: set[fx.Node] = set()
+    same: dict[fx.Node, fx.Node] = {}
     work = list(wanted)
     while work:
         node = work.pop()
-        if node in found or node in stop or values.position[node] > values.position[last]:
+        if (source := held.get(id(values.of.get(node)))) is not None:
+            same[node] = source
+            continue
+        if node in found or values.position[node] > values.position[last]:
             continue
         found.add(node)
         work.extend(node.all_input_nodes)
         work.extend(w for w in values.writes.get(values.storage.get(node, node), ()))
-    return found
+    return found, same

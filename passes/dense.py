@@ -23,7 +23,7 @@ from moec.ir import Apply, ExpertRows, Expr, GroupedLinear, SlotValue, Stacked, 
 from moec.passes import facts, support
 from moec.passes.orders import EveryToken, Pairs, Refused, static
 from moec.passes.roll import has_hole, hole_values
-from moec.passes.terms import Arg, Term, dtype, rank, same_size, shape
+from moec.passes.terms import Arg, Term, dtype, rank, same_shape, same_size, shape
 
 if TYPE_CHECKING:
     from moec.passes.body import Body
@@ -96,10 +96,8 @@ def _masked_weights(body: Body, term: Term) -> Expr | None:
             continue
         if hole_values(known.expert) != tuple(range(body.num_experts or 0)):
             continue
-        sizes, own = shape(weight), shape(known.ids)
-        if sizes is None or own is None or len(sizes) != len(own) or not all(map(same_size, sizes, own)):
-            continue
-        if term.args[1] != (len(own) - 1,) or "E" in known.axes:
+        last = (rank(known.ids) or 0) - 1
+        if not same_shape(shape(weight), shape(known.ids)) or term.args[1] != (last,) or "E" in known.axes:
             continue
         body.inner += [term, inner]
         return SlotValue(body.outer(weight), (1,) if keep else ())
@@ -166,7 +164,7 @@ def unit_rows(body: Body, term: Term, lead: int, at: int) -> Expr:
     below = term.args[0] if term.op == "reshape" else None
     sizes = shape(term) or ()
     kept = (*sizes[:at], *sizes[at + 1 :])
-    if isinstance(below, Term) and _alike(shape(below), kept):
+    if isinstance(below, Term) and same_shape(shape(below), kept):
         body.inner.append(term)
         return token_rows(body, below, lead - 1)
     return token_rows(body, term, lead)
@@ -202,9 +200,7 @@ def pair_values(body: Body, source: Term, term: Term) -> Expr:
     known = body.supports.of(source)
     if known is not None and known.root is body.ids and known.axes != known.pairs:
         raise Refused("weights of pairs that are not [tokens, experts]", term)
-    ids: Expr = Apply(torch.clamp, (body.outer(body.ids), 0, body.num_experts - 1))
-    if dtype(body.ids) != torch.int64:
-        ids = Apply(torch.Tensor.to, (ids, torch.int64))
+    ids = own_columns(body)
     if rank(body.ids) != 2:
         ids = Apply(torch.reshape, (ids, (-1, body.top_k)))
     values = body.outer(source)
@@ -215,6 +211,13 @@ def pair_values(body: Body, source: Term, term: Term) -> Expr:
     body.read.append((source, len(sizes) - 1, True))
     body.weighed.append(source)
     return SlotValue(Apply(torch.gather, (values, 1, ids)), ())
+
+
+def own_columns(body: Body) -> Expr:
+    """The ids as the columns to gather from [tokens, experts]; what is out of range has no row that counts."""
+    assert body.num_experts is not None
+    ids: Expr = Apply(torch.clamp, (body.outer(body.ids), 0, body.num_experts - 1))
+    return ids if dtype(body.ids) == torch.int64 else Apply(torch.Tensor.to, (ids, torch.int64))
 
 
 def _product(body: Body, term: Term, order: Pairs, lead: int, at: int) -> Expr | None:
@@ -264,7 +267,3 @@ def _einsum(body: Body, term: Term, lead: int, at: int) -> tuple[Term, Term, boo
         if ws in (expert + summed[0] + feature, expert + feature + summed[0]):
             return x, weight, ws == expert + summed[0] + feature
     raise Refused("an einsum that is not rows times weights, in an order known here", term)
-
-
-def _alike(a: tuple[int | torch.SymInt, ...] | None, b: tuple[int | torch.SymInt, ...]) -> bool:
-    return a is not None and len(a) == len(b) and all(map(same_size, a, b))

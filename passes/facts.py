@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moec.passes.terms import Arg, Term, dtype, rank, same_size, shape
+from moec.passes.terms import Arg, Term, dtype, rank, same_shape, same_size, shape
 
 EXACT = (torch.int64, torch.int32, torch.float32, torch.float64)
 WIDE = (torch.int64, torch.int32)  # hold every expert id; a cast to less could wrap
@@ -321,8 +321,7 @@ def same_expert(a: Arg, b: Arg) -> bool:
 
 
 def _sizes_equal(a: Term, b: Term) -> bool:
-    u, v = shape(a), shape(b)
-    return u is not None and v is not None and len(u) == len(v) and all(map(same_size, u, v))
+    return same_shape(shape(a), shape(b))
 
 
 # -- order and counts --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from moec.ir import Apply, ExpertRows, Expr, SlotValue, Stacked, TokenRows
 from moec.passes import dense, facts
 from moec.passes.orders import EveryToken, LoopRows, LoopSlice, Order, Pairs, Refused, Sorted, TokenMajor, static
 from moec.passes.roll import has_hole, hole_values
-from moec.passes.terms import Arg, Term, children, dtype, rank, same_size, shape
+from moec.passes.terms import Arg, Term, children, dtype, rank, same_shape, same_size, shape
 
 if TYPE_CHECKING:
     from moec.passes.body import Body
@@ -169,8 +169,7 @@ def _masked_weights(body: Body, source: Arg, order: LoopRows) -> Expr | None:
         mask = facts.mask_of(mask_term)
         if mask is None or not facts.same_rows(mask, order.mask) or mask.summed or has_hole(weight):
             continue
-        sizes, own = shape(weight), shape(order.mask.ids)
-        if sizes is None or own is None or len(sizes) != len(own) or not all(map(same_size, sizes, own)):
+        if not same_shape(shape(weight), shape(order.mask.ids)):
             continue
         _must_be_distinct(body, mask, order.mask, source)
         body.inner += [source, inner]
@@ -358,10 +357,7 @@ def _probabilities(body: Body, source: Arg, dims: int, term: Term) -> Expr:
     if sizes is None or own is None or dims != 1 or len(sizes) != 2 or len(own) != 2 or not same_size(sizes[0], own[0]):
         raise Refused("probabilities that are not [tokens, experts]", term)
     body.inner.append(term)
-    index: Expr = Apply(torch.clamp, (body.outer(body.ids), 0, body.num_experts - 1))
-    if dtype(body.ids) != torch.int64:
-        index = Apply(torch.Tensor.to, (index, torch.int64))
-    return SlotValue(Apply(torch.gather, (body.outer(source), 1, index)), ())
+    return SlotValue(Apply(torch.gather, (body.outer(source), 1, dense.own_columns(body))), ())
 
 
 def _token_rows(body: Body, source: Arg, term: Term, dims: int = 1) -> Expr:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from moec.passes import facts
-from moec.passes.terms import Arg, Term, numel, rank, same_size, shape
+from moec.passes.terms import Arg, Term, numel, rank, same_shape, same_size, shape
 
 # f(0) = 0, and the derivative there is finite
 ZERO_AT_ZERO = {
@@ -385,8 +385,7 @@ def _broadcast(found: Support | None, arg: Arg, out: Term) -> Support | None:
 
 
 def _same_ids(a: Support, b: Support) -> bool:
-    u, v = shape(a.ids), shape(b.ids)
-    return u is not None and v is not None and len(u) == len(v) and all(map(same_size, u, v))
+    return same_shape(shape(a.ids), shape(b.ids))
 
 
 RULES: dict[str, Callable[[Supports, Term], Support | None]] = {

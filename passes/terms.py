@@ -10,7 +10,7 @@ keep their own name and arguments, and mean what torch says they mean.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -161,6 +161,11 @@ def same_size(a: object, b: object) -> bool:
     right = b.node.expr if isinstance(b, torch.SymInt) else b
     difference = left - right  # type: ignore[operator]
     return bool(difference.expand() == 0) if hasattr(difference, "expand") else difference == 0
+
+
+def same_shape(a: Sequence[object] | None, b: Sequence[object] | None) -> bool:
+    """Whether two shapes are known, and known to be equal."""
+    return a is not None and b is not None and len(a) == len(b) and all(map(same_size, a, b))
 
 
 def numel(sizes: tuple[int | torch.SymInt, ...]) -> Any:

@@ -86,8 +86,10 @@ def verify(
     with _poisoned(), _one_thread():
         for name, routing in chosen:
             inputs = _inputs(vals, shapes, ids, routing.reshape(id_shape))
-            seen = seen or tokens == 0 or _any(before, inputs)
-            mismatch = _compare(before, after, wide, inputs, name, autocast)
+            with _in_force(autocast):
+                old = _run(before, inputs)
+            seen = seen or tokens == 0 or bool(old["the value"].count_nonzero())
+            mismatch = _compare(old, after, wide, inputs, name, autocast)
             if mismatch is not None:
                 return mismatch
     if not seen:
@@ -136,13 +138,6 @@ def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def _any(gm: fx.GraphModule, inputs: dict[str, Value]) -> bool:
-    """Whether the module computes anything but zero: two regions that add nothing agree and say nothing."""
-    with torch.no_grad():
-        copies = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs.values()]
-        return bool(gm.forward(*copies).count_nonzero())
-
-
 def _is_float(value: Value) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
@@ -164,24 +159,29 @@ def _run(gm: fx.GraphModule, inputs: dict[str, Value]) -> dict[str, torch.Tensor
     return results
 
 
+@contextmanager
+def _in_force(autocast: Autocast) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device, low in autocast:
+            stack.enter_context(torch.autocast(device, dtype=low))
+        yield
+
+
 def _compare(
-    before: fx.GraphModule,
+    old: dict[str, torch.Tensor],
     after: fx.GraphModule,
     wide: fx.GraphModule,
     inputs: dict[str, Value],
     routing: str,
     autocast: Autocast,
 ) -> Mismatch | None:
-    with ExitStack() as stack:
-        for device, low in autocast:
-            stack.enter_context(torch.autocast(device, dtype=low))
-        old = _run(before, inputs)
-        try:
+    try:
+        with _in_force(autocast):
             new = _run(after, inputs)
-        except Exception as fault:  # the original ran on the same inputs
-            return Mismatch(
-                routing, f"the rewritten region fails ({type(fault).__name__}: {fault}), and so its value", inf, 0.0
-            )
+    except Exception as fault:  # the original ran on the same inputs
+        return Mismatch(
+            routing, f"the rewritten region fails ({type(fault).__name__}: {fault}), and so its value", inf, 0.0
+        )
     try:
         exact = _run(wide, {n: v.double() if _is_float(v) else v for n, v in inputs.items()})
     except (RuntimeError, TypeError):  # an operation of one dtype only

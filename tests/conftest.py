@@ -44,6 +44,15 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many tiny operations: waking a second thread for each costs seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Uninitialized memory is NaN, so that what reads rows nobody wrote shows at once."""
     fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()

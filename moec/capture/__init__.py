@@ -21,13 +21,11 @@ import contextlib
 import importlib
 
 from . import markers, promises
-from .fakes import borrowed
 from .frames import forget_denied, is_ours, retrace_exactly, retrace_without, trace_plainly
 from .seams import log, stamping
 
 __all__ = [
     "backend_ctx_ctor",
-    "borrowed",
     "forget_denied",
     "install",
     "is_ours",

@@ -27,10 +27,10 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from .markers import BORROWED
 from .watch import Lessons
 
 _SYMBOLIC = (torch.SymInt, torch.SymBool, torch.SymFloat)
-_BORROWED = "moec_borrowed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Pressing:
         """The value of `model` as it is."""
         node.meta["example_value"] = model.meta["example_value"]
         if model in self.resizer.sized:
-            node.meta[_BORROWED] = True
+            node.meta[BORROWED] = True
 
     def like(self, symbol: sympy.Symbol) -> sympy.Symbol:
         """A new size that only the data know, with what is known about `symbol`."""
@@ -176,11 +176,6 @@ class Pressing:
         if expr == number.node.expr:
             return number
         return type(number)(SymNode(expr, self.env, number.node.pytype, None))
-
-
-def borrowed(gm: fx.GraphModule) -> bool:
-    """Whether a node is left whose example value is that of another iteration."""
-    return any(_BORROWED in node.meta for node in gm.graph.nodes)
 
 
 def _leaves(node: fx.Node) -> list[object]:

@@ -38,7 +38,8 @@ from .trees import NoStamp, unmark
 
 
 def install() -> None:
-    if sys.version_info < (3, 15):  # 3.15 keeps two values on the stack for an iterator
+    # 3.15 keeps two values on the stack for an iterator
+    if sys.version_info < (3, 15) and watch.complete:
         wrap_opcode(InstructionTranslatorBase, "FOR_ITER", _stamp_equal_iterations)
 
 

@@ -24,6 +24,8 @@ from torch.fx.node import has_side_effect
 
 from moec.ir import Site
 
+BORROWED = "moec_borrowed"  # in a node's meta: its example value is that of another iteration (see `fakes`)
+
 
 @has_side_effect
 def assume(cond: bool | int | torch.Tensor | torch.SymBool | torch.SymInt, value: bool, where: str) -> None:
@@ -86,3 +88,8 @@ def marker_places(gm: fx.GraphModule) -> set[str]:
         if isinstance(module, fx.GraphModule):
             places |= {node.args[-1] for node in module.graph.nodes if is_marker(node)}
     return places
+
+
+def borrowed(gm: fx.GraphModule) -> bool:
+    """Whether a node is left whose example value is that of another iteration."""
+    return any(BORROWED in node.meta for node in gm.graph.nodes)

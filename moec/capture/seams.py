@@ -28,14 +28,15 @@ def wrap(owner: object, name: str, around: Callable[[Callable[..., object]], Cal
     return True
 
 
-def wrap_opcode(translator: type, name: str, around: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+def wrap_opcode(translator: type, name: str, around: Callable[[Callable[..., None]], Callable[..., None]]) -> bool:
     """Wrap a bytecode handler. Dynamo copies handlers into one dispatch table per class, so those are rewritten too."""
     if name not in dis.opmap:
-        return  # another Python version's opcode
+        return True  # another Python version's opcode
     if not wrap(translator, name, around):
-        return
+        return False
     for cls in with_subclasses(translator):
         cls.dispatch_table[dis.opmap[name]] = getattr(cls, name)
+    return True
 
 
 def with_subclasses(cls: type) -> Iterator[type]:

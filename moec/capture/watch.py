@@ -89,32 +89,36 @@ def items_of(value: VariableTracker) -> list[VariableTracker] | None:
     return value.items if type(value) is ListVariable else None
 
 
+complete = False  # whether everything that can escape is seen; without that no loop is stamped
+
+
 def install() -> None:
-    wrap_opcode(InstructionTranslatorBase, "COMPARE_OP", _note_comparison)
-    for name in ("IS_OP", "CONTAINS_OP"):
-        wrap_opcode(InstructionTranslatorBase, name, _note_identity)
-    wrap(OutputGraph, "compile_and_call_fx_graph", _close_all)
-    for name in ("call_id", "call_hash"):
-        wrap(BuiltinVariable, name, _note_number_of_object)
+    global complete
+    seen = [wrap_opcode(InstructionTranslatorBase, "COMPARE_OP", _note_comparison)]
+    seen += [wrap_opcode(InstructionTranslatorBase, name, _note_identity) for name in ("IS_OP", "CONTAINS_OP")]
+    seen += [wrap(BuiltinVariable, name, _note_number_of_object) for name in ("call_id", "call_hash")]
     getattr(BuiltinVariable, "call_function_handler_cache", {}).clear()  # it keeps the methods that it found
-    wrap(HashableTracker, "__init__", _note_key)
-    for cls in with_subclasses(VariableTracker):
-        for name in ("next_variable", "tp_iternext_impl"):
-            if name in vars(cls):
-                wrap(cls, name, _note_next)
+    iterators = [
+        wrap(cls, name, _note_next)
+        for cls in with_subclasses(VariableTracker)
+        for name in ("next_variable", "tp_iternext_impl")
+        if name in vars(cls)
+    ]
+    seen += [wrap(HashableTracker, "__init__", _note_key), wrap(OutputGraph, "compile_and_call_fx_graph", _close_all)]
+    complete = all(seen) and len(iterators) > 1
 
 
-def _watching() -> list[Watch]:
-    """The watches of the frame that is being traced."""
-    return list(vars(InstructionTranslator.current_tx().output).get("_moec_watches", ()))
+def _escape(output: OutputGraph, how: str) -> None:
+    """Tell every open watch of a frame."""
+    for watch in vars(output).get("_moec_watches", ()):
+        watch.uses.escape(how)
 
 
 def _note_number_of_object(original: Callable[..., object]) -> Callable[..., object]:
     """id(expert) and hash(expert) are constants in the trace, and another one for each expert."""
 
     def call(self: BuiltinVariable, tx: InstructionTranslatorBase, *args: object, **kwargs: object) -> object:
-        for watch in vars(tx.output).get("_moec_watches", ()):
-            watch.uses.escape("an object was asked for its id or hash")
+        _escape(tx.output, "an object was asked for its id or hash")
         return original(self, tx, *args, **kwargs)
 
     return call
@@ -126,8 +130,7 @@ def _note_key(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: HashableTracker, vt: VariableTracker) -> None:
         original(self, vt)
         if not isinstance(self.vt.unwrap(), ConstantVariable):
-            for watch in _watching():
-                watch.uses.escape("an object was used as a key")
+            _escape(InstructionTranslator.current_tx().output, "an object was used as a key")
 
     return __init__
 
@@ -182,8 +185,7 @@ def _note_identity(original: Callable[..., None]) -> Callable[..., None]:
             operands[0] if inst.opname == "CONTAINS_OP" else next((x for x in operands if x.is_python_constant()), None)
         )
         if constant is None or not constant.is_python_constant():
-            for watch in vars(self.output).get("_moec_watches", ()):
-                watch.uses.escape("an object was compared by identity")
+            _escape(self.output, "an object was compared by identity")
         return original(self, inst)
 
     return compare

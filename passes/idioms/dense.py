@@ -29,7 +29,7 @@ from moec.passes.normalise import Values
 from moec.passes.orders import EveryToken, Pairs, Refused
 from moec.passes.roll import first_difference, hole_values
 from moec.passes.support import Support, Supports, parse
-from moec.passes.terms import Arg, Term, children, rank, same_size, shape
+from moec.passes.terms import Arg, Term, children, rank, same_shape, shape
 
 NAME = "every expert on every token"
 NOT_ZERO = "what the experts that a token did not choose add is not known to be zero"
@@ -79,7 +79,7 @@ def _sums_experts(term: Term) -> int | None:
 def _weighs_experts(term: Term) -> bool:
     """A contraction of two values that the graph computes, neither of them a parameter."""
     operands = term.args[1] if term.op == "einsum" else term.args[:2]
-    return len(operands) == 2 and not any(_is_parameter(o) for o in operands) and term.op != "linear"
+    return len(operands) == 2 and not any(map(_is_parameter, operands))
 
 
 def _link(known: Supports, term: Term) -> Link | None:
@@ -135,8 +135,7 @@ def prove_chain(body: Body, chain: tuple[Link, ...]) -> Found | None:
         raise Refused(f"{len(terms)} of {found.num_experts} experts are in the sum", chain[0].term)
     for link in chain:
         body.same_state_as_root(body.values.written_at.get(link.term) or link.term.node, link.term)
-    out = shape(chain[-1].term)
-    if out is None or shape(source) is None or not _same(out, shape(source)):
+    if not same_shape(shape(chain[-1].term), shape(source)):
         raise Refused("rows of another shape than the sum's are added (broadcast)", source)
     _claim(body, found, len(terms), chain[0].term)
     lead = len(found.tokens)
@@ -284,7 +283,3 @@ def _are_products(parts: tuple[Arg, ...]) -> bool:
     """Whether all parts are products with weights of their own."""
     weights = {id(p.args[1]) for p in parts if isinstance(p, Term) and p.op in ("linear", "matmul")}
     return len(weights) == len(parts) > 1
-
-
-def _same(a: tuple[object, ...], b: tuple[object, ...] | None) -> bool:
-    return b is not None and len(a) == len(b) and all(map(same_size, a, b))

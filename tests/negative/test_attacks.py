@@ -1,7 +1,6 @@
 """Each attack comes out as in eager, in value and every gradient: rewritten and right, or refused."""
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,15 +49,6 @@ def run(call: nn.Module, module: nn.Module, x: Tensor) -> dict[str, Tensor | Non
 def tokens(of: Attack) -> list[Tensor]:
     x = torch.randn(of.rows, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(of.dtype)
     return [x[:1].expand_as(x).contiguous() if of.same else x, x]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Hundreds of tiny operations: waking a second thread for each costs seconds on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # AOTAutograd itself copies where eager's dropout returns its input: `backend="aot_eager"` differs from eager just so

@@ -10,7 +10,7 @@ stacks of them.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -516,15 +516,6 @@ def chunk_halves(x, gate, up, down):
 @guard(None)
 def chunk_halves_swapped(x, gate, up, down):
     return halves(x, gate, up, down, True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Hundreds of tiny operations: waking a second thread for each costs seconds on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("of", GUARDS, ids=lambda of: of.name)

@@ -7,7 +7,6 @@ import functools
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -169,15 +168,6 @@ def outcome(miss: NearMiss) -> Outcome:
         # the routing of the first call is what was traced; another must come out right as well
         runs = tuple((run(call, module, inputs), run(module, module, inputs)) for inputs in (x, -x))
     return Outcome(runs, tuple(report.last_sites()), tuple(compiled))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Hundreds of tiny operations: waking a second thread for each costs seconds on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("miss", NEAR_MISSES, ids=lambda miss: miss.name)
