@@ -133,6 +133,12 @@ def infinity_made_true(self, x):
     return (self.dense(x) * W[..., None]).sum(1)
 
 
+def weights_put_on_a_hundredth(self, x):
+    w, ids, _ = self.route(x)
+    W = torch.full((x.shape[0], E), 0.01, dtype=x.dtype).scatter(1, ids, w)
+    return looped(self, x, lambda e: W[:, e, None])
+
+
 def one_keeps_the_dim(self, x):
     w, ids, _ = self.route(x)
     return looped(self, x, lambda e: (w * (ids == e)).sum(-1, keepdim=e != 1))
@@ -198,7 +204,7 @@ ATTACKS = [
     *((attack, 9) for attack in (
         plain, mask_of_another_expert, mask_of_the_next_expert, mask_that_counts, weight_of_the_next_expert,
         experts_of_another_rank, rows_put_in_reverse, tokens_in_reverse, inverse_of_the_reverse, hardtanh_of_zero,
-        infinity_made_true, token_dims_swapped, narrow_from_the_end, input_cloned_without_gradient,
+        infinity_made_true, weights_put_on_a_hundredth, token_dims_swapped, narrow_from_the_end, input_cloned_without_gradient,
         input_viewed_there_and_back_without_gradient, weights_transposed_without_gradient, token_added_without_gradient,
         input_repeated_without_gradient,
     )),
