@@ -22,6 +22,7 @@ from moec.config import Options, check_inner, check_mode, split
 from moec.errors import MoecError, StrictError
 from moec.fx import value
 from moec.ir import Site
+from moec.passes.bundle import bundle
 from moec.pipeline import Result, rewrite_graph
 
 log = logging.getLogger("moec")
@@ -108,6 +109,9 @@ def compile_inner(
     gm: fx.GraphModule, example_inputs: Sequence[object], options: Options, mode: str | None, rest: Mapping[str, object]
 ) -> Compiled:
     """The rewritten graph through the inner backend, with torch's caches keyed by moec's own sources and options."""
+    bundled = bundle(gm, example_inputs)
+    if bundled is not None:
+        gm, example_inputs = bundled.gm, bundled.example_inputs
     tag = hashlib.sha256(f"{torch.compiler.config.cache_key_tag}|{fingerprint()}|{options}".encode()).hexdigest()[:16]
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         if options.inner == "inductor":
@@ -115,10 +119,12 @@ def compile_inner(
             from torch._inductor.compile_fx import compile_fx
 
             patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **rest}
-            return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[arg-type, return-value]
-        inner = torch._dynamo.lookup_backend(options.inner)
-        extra = {"options": dict(rest)} if rest else {}
-        return inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type]
+            compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[arg-type]
+        else:
+            inner = torch._dynamo.lookup_backend(options.inner)
+            extra = {"options": dict(rest)} if rest else {}
+            compiled = inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type]
+    return compiled if bundled is None else bundled.call(compiled)  # type: ignore[arg-type, return-value]
 
 
 def has_unknown_sizes(gm: fx.GraphModule) -> bool:

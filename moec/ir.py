@@ -149,6 +149,28 @@ def reshape_features(rows: torch.Tensor, feature: tuple[int, ...]) -> torch.Tens
     return rows.reshape(rows.shape[0], *feature)
 
 
+@dataclass(frozen=True, eq=False)
+class Feedforward:
+    """A body that `moec::experts` does in one go; see `moec.ops.experts` for what its fields mean. `x` [T, D], `scale` [T, K]."""
+
+    x: Expr
+    scale: Expr | None
+    gate: Theta | None
+    up: Theta
+    down: Theta
+    gate_bias: Theta | None
+    up_bias: Theta | None
+    down_bias: Theta | None
+    activation: str
+    gating: str
+    up_transposed: bool
+    down_transposed: bool
+
+    @property
+    def parameters(self) -> tuple[Theta | None, ...]:
+        return (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+
+
 @dataclass(frozen=True)
 class Fact:
     """Something detection proved, in words, with the node and source line it was proven at."""
@@ -210,6 +232,7 @@ class Problem:
     stacked: bool
     bias: bool = False
     granularity: float | None = None  # as declared; None: nobody said
+    gating: str | None = None  # of a body that `moec::experts` knows, one of its GATINGS; None: any other body, or one product
 
 
 @dataclass(frozen=True)

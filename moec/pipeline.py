@@ -23,10 +23,11 @@ from moec.capture.declared import take_declarations
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
 from moec.fx import graph_module, value
-from moec.ir import Declaration, GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
+from moec.ir import Declaration, Feedforward, GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
 from moec.passes import cutout, facts
 from moec.passes.detect import Detection, detect
 from moec.passes.lower import Lowered, LoweringFault, lower
+from moec.passes.recognize import recognize
 from moec.passes.verify import Mismatch, verify
 
 log = logging.getLogger("moec")
@@ -74,9 +75,11 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         sites += [_refused_region(detection, r, "moec.disable names this site", "switched off") for r in off]
         cuts = [cutout.cut(work, detection, r) for r in detection.regions]
         withins = [_within(detection, r) for r in detection.regions]
-        problems = [_problem(r, _promise(within)) for r, within in zip(detection.regions, withins)]
+        bodies = {r: body for r in detection.regions if (body := recognize(r)) is not None}
+        problems = {r: _problem(r, _promise(within), bodies.get(r)) for r, within in zip(detection.regions, withins)}
+        whole = {r: body for r, body in bodies.items() if (p := problems[r]) is not None and schedule.in_one(p)}
         try:
-            lowered = lower(work.graph, detection)
+            lowered = lower(work.graph, detection, whole)
         except LoweringFault as fault:
             if options.strict:
                 raise (fault.__cause__ or fault) from None
@@ -97,8 +100,8 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         work.graph.lint()
         work.recompile()
         done = [
-            _rewritten(work, piece, problem, within, low)
-            for piece, problem, within, low in zip(cuts, problems, withins, lowered)
+            _rewritten(work, piece, problems[low.region], within, low)
+            for piece, within, low in zip(cuts, withins, lowered)
         ]
         wrong = _verify(detection, done, options, verified) if options.verify != "off" else []
         if not wrong:
@@ -144,7 +147,7 @@ def _promise(within: tuple[str, ...]) -> Declaration | None:
     return next((d for token in reversed(within) if (d := promises.declaration_of(token)) is not None), None)
 
 
-def _problem(region: MoERegion, promise: Declaration | None) -> Problem | None:
+def _problem(region: MoERegion, promise: Declaration | None, body: Feedforward | None) -> Problem | None:
     products = [e for e in expressions(region.body) if isinstance(e, GroupedLinear)]
     inner, outer = _weight_shape(products[-1]), _weight_shape(products[0])
     x = value(region.x) if region.x is not None else None
@@ -164,6 +167,7 @@ def _problem(region: MoERegion, promise: Declaration | None) -> Problem | None:
         stacked=not isinstance(products[0].weight, Separate),
         bias=any(p.bias is not None for p in products),
         granularity=promise.granularity_of(d_expert) if promise is not None else None,
+        gating=body.gating if body is not None else None,
     )
 
 

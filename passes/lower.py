@@ -6,13 +6,13 @@
     y    = ... moec::grouped_linear(rows, weights, biases, offsets) ... # the rolled body, on slot rows in sorted order
     out  = moec::combine(y, order, inverse, offsets, K)                # in place of the root
 
-Everything is written right after the root, under the state in force there; what only the root needed is taken out.
+or, for a body that the schedule wants in one go, `out = moec::experts(x, order, inverse, offsets, topk_weights, ...)`. Everything is written right after the root, under the state in force there; what only the root needed is taken out.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from moec.ir import (
     Apply,
     ExpertRows,
     Expr,
+    Feedforward,
     GroupedLinear,
     MoERegion,
     Outer,
@@ -57,6 +58,7 @@ class Emitter:
     graph: fx.Graph
     region: MoERegion
     names: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    whole: Feedforward | None = None
     nodes: list[fx.Node] = field(default_factory=list)
     renamed: dict[fx.Node, str] = field(default_factory=dict)
     routing: tuple[fx.Node, ...] = ()
@@ -94,12 +96,25 @@ class Emitter:
         routed = self.call(OPS.route.default, (ids, region.num_experts), name="route")
         names = ("order", "inverse", "expert_offsets")
         self.routing = tuple(self.call(operator.getitem, (routed, i), name=n) for i, n in enumerate(names))
-        rows = self.expr(region.body)
-        if _dtype(rows) != region.out_dtype and _dtype(rows) is not None:
-            rows = self.call("to", (rows, region.out_dtype))
-        out = self.call(OPS.combine.default, (rows, *self.routing, region.top_k), name="routed_sum")
+        out = self.in_one(self.whole) if self.whole is not None else self.in_steps()
         wanted = region.out_shape
         return out if wanted is None else self.call("reshape", (out, wanted))
+
+    def in_steps(self) -> fx.Node:
+        """The rolled body on slot rows, then their sums [T, ...]."""
+        rows = self.expr(self.region.body)
+        if _dtype(rows) != self.region.out_dtype and _dtype(rows) is not None:
+            rows = self.call("to", (rows, self.region.out_dtype))
+        return self.call(OPS.combine.default, (rows, *self.routing, self.region.top_k), name="routed_sum")
+
+    def in_one(self, whole: Feedforward) -> fx.Node:
+        """One op for the whole body and the sums [T, D]."""
+        x = self.expr(whole.x)
+        scale = None if whole.scale is None else self.call("reshape", (self.expr(whole.scale), (-1,)))
+        parameters = [[] if theta is None else self.theta(theta) for theta in whole.parameters]
+        kind = (self.region.top_k, whole.activation, whole.gating, whole.up_transposed, whole.down_transposed)
+        args = (x, *self.routing, scale, *parameters, *kind, self.region.out_dtype)
+        return self.call(OPS.experts.default, args, name="experts")
 
     def expr(self, expr: Expr) -> fx.Node:
         """The node for an expression; a shared expression is written once."""
@@ -178,13 +193,13 @@ class LoweringFault(Exception):
         self.region = region
 
 
-def lower(graph: fx.Graph, detection: Detection) -> list[Lowered]:
-    """Writes all regions of a detection into its graph and takes out what died."""
+def lower(graph: fx.Graph, detection: Detection, whole: Mapping[MoERegion, Feedforward]) -> list[Lowered]:
+    """Writes all regions of a detection into its graph, those in `whole` as one op each, and takes out what died."""
     names: dict[fx.Node, fx.Node] = {}
     done = []
     order = {node: i for i, node in enumerate(graph.nodes)}
     for region in sorted(detection.regions, key=lambda r: order[r.root]):
-        emitter = Emitter(graph, region, names)
+        emitter = Emitter(graph, region, names, whole.get(region))
         try:
             with graph.inserting_before(region.root.next):
                 result = emitter.emit()

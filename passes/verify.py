@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import TypeGuard
@@ -83,7 +83,7 @@ def verify(
     chosen = list(itertools.islice(routings(tokens, top_k, num_experts, distinct), routings_at_most))
     wide = in_float64(before)
     seen = False
-    with _poisoned(), _one_thread():
+    with _poisoned(), _one_thread(), _no_hooks():
         for name, routing in chosen:
             inputs = _inputs(vals, shapes, ids, routing.reshape(id_shape))
             with _in_force(autocast):
@@ -208,6 +208,11 @@ def _compare(
         if not error <= allowed:  # NaN is a mismatch
             return Mismatch(routing, what, error, allowed)
     return None
+
+
+def _no_hooks() -> AbstractContextManager[None]:
+    """A model that is compiled inside `torch.utils.checkpoint`: what is checked here is none of its saved tensors."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # type: ignore[no-any-return]
 
 
 @contextmanager

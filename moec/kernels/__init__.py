@@ -16,7 +16,7 @@ from moec import schedule
 from moec.ir import Problem
 from moec.ops import implement
 
-from . import cpu, cuda, eager, gathered, grouped_mm
+from . import cpu, cuda, eager, experts, gathered, grouped_mm
 
 # The strategies of moec.schedule, by name. Only those that take problems with weight gradients need a grouped_outer.
 PRODUCTS: dict[str, ModuleType] = {
@@ -89,10 +89,14 @@ REGISTERED = (
     ("expert_sums", "CPU", cpu.expert_sums),
     ("grouped_linear", "CPU", grouped_linear),
     ("grouped_outer", "CPU", grouped_outer),
+    ("experts_forward", "CPU", experts.experts_forward),
+    ("experts_backward", "CPU", experts.experts_backward),
     ("route", "CUDA", cuda.route),
     ("expert_sums", "CUDA", cuda.expert_sums),
     ("grouped_linear", "CUDA", grouped_linear),
     ("grouped_outer", "CUDA", grouped_outer),
+    ("experts_forward", "CUDA", experts.experts_forward),
+    ("experts_backward", "CUDA", experts.experts_backward),
 )
 
 for _op, _key, _kernel in REGISTERED:

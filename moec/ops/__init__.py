@@ -20,6 +20,7 @@ becomes, over S = T*K slot rows sorted by expert,
 | `reference` | the meaning, in plain torch: what every kernel and every test points at |
 | `schema` | the schemas, the checks, the fake kernels |
 | `autograd` | the gradients, written with the same ops |
+| `experts` | a whole layer in one op: its meaning in terms of the others, its gradient |
 
 Importing this module defines the ops on the reference. `moec.kernels` registers faster kernels of the same meaning with the
 dispatcher, by device; whoever lowers to these ops imports it too. (So imports go one way: kernels read ops, never the reverse.)
@@ -31,8 +32,10 @@ several shapes or dtypes (they raise).
 from __future__ import annotations
 
 from . import autograd as _autograd
+from . import experts as _experts
 from .schema import LIBRARY, OPS, implement
 
 _autograd.register()
+_experts.define()
 
 __all__ = ["LIBRARY", "OPS", "implement"]
