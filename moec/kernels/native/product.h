@@ -15,7 +15,7 @@ namespace moec {
 
 constexpr long TILE = 12;   // rows
 constexpr long PANEL = 32;  // columns
-constexpr long FEW = 4;     // rows that are not worth a panel
+constexpr long FEW = 8;     // rows that are not worth a panel
 
 using Word = uint32_t;
 
@@ -102,10 +102,11 @@ class Ahead {
 
 // Columns contiguous along k: 16 columns x 16 words at a time are transposed.
 template <class T>
-void pack_along_k(Word* panel, const typename Matrix<T>::Part& p, const typename T::Element* at, long valid) {
+void pack_along_k(Word* panel, const typename Matrix<T>::Part& p, const typename T::Element* at, long valid, Ahead& ahead) {
   __m512i r[16];
   for (long line = 0; line < p.lines(); line++, at += T::per_line * p.k_stride, panel += 16 * PANEL) {
     const long n = p.k - line * T::per_line;
+    ahead.step();
     if (valid >= 16 && n >= T::per_line && p.k_stride == 1) {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) r[i] = T::full_line(at + i * p.n_stride);
@@ -120,8 +121,9 @@ void pack_along_k(Word* panel, const typename Matrix<T>::Part& p, const typename
 
 // Columns contiguous along n: rows of k are copied, by pairs where a word holds two.
 template <class T>
-void pack_along_n(Word* panel, const typename Matrix<T>::Part& p, const typename T::Element* at, long valid) {
+void pack_along_n(Word* panel, const typename Matrix<T>::Part& p, const typename T::Element* at, long valid, Ahead& ahead) {
   for (long k = 0; k < p.lines() * T::per_line; k += T::per_word, panel += PANEL) {
+    if (k % T::per_line == 0) ahead.step();
     const auto* row = at + k * p.k_stride;
     __m512i words = _mm512_setzero_si512();
     if (k < p.k && valid > 0) words = T::words(row, k + 1 < p.k ? row + p.k_stride : nullptr, valid, p.n_stride);
@@ -130,12 +132,12 @@ void pack_along_n(Word* panel, const typename Matrix<T>::Part& p, const typename
 }
 
 template <class T>
-void pack(Word* panel, const Columns<T>& columns) {
+void pack(Word* panel, const Columns<T>& columns, Ahead& ahead) {
   for (int i = 0; i < columns.matrix->parts; i++) {
     const auto& p = columns.matrix->part[i];
     const auto* at = p.at + columns.column * p.n_stride;
-    if (p.along_k()) pack_along_k<T>(panel, p, at, columns.valid);
-    else pack_along_n<T>(panel, p, at, columns.valid);
+    if (p.along_k()) pack_along_k<T>(panel, p, at, columns.valid, ahead);
+    else pack_along_n<T>(panel, p, at, columns.valid, ahead);
     panel += p.lines() * 16 * PANEL;
   }
 }
@@ -185,53 +187,65 @@ void multiply(long rows, const Word* tile, const Word* panel, long lines, float*
   kernels[rows - 1](tile, panel, lines, sums, ahead);
 }
 
-// The same for few rows and half a panel, read where it lies: four columns at a time, in memory order.
+// The same for few rows and half a panel, read where it lies: some columns at a time, in memory order.
 template <class T, int R>
 void dots(const Word* tile, const Columns<T>& columns, float* out) {
-  for (long n = 0; n < 16; n += 4) {
-    __m512 acc[4][R];
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * R; i++) (&acc[0][0])[i] = _mm512_setzero_ps();
+  constexpr int C = R <= 6 ? 4 : 2;
+  for (long n = 0; n < 16; n += C) {
+    __m512 acc[R + 1][C];
+#pragma GCC unroll 32
+    for (int i = 0; i < (R + 1) * C; i++) (&acc[0][0])[i] = _mm512_setzero_ps();
     const Word* x = tile;
     for (int part = 0; part < columns.matrix->parts && n < columns.valid; part++) {
       const auto& p = columns.matrix->part[part];
-      const typename T::Element* w[4];
-      for (int i = 0; i < 4; i++) {
+      const typename T::Element* w[C];
+      for (int i = 0; i < C; i++) {
         long column = n + i < columns.valid ? n + i : columns.valid - 1;
         w[i] = p.at + (columns.column + column) * p.n_stride;
       }
-      // Four columns are read at a time; what comes about 8 KB later is fetched.
-      const long later = p.n_stride * 4 * ceil_div(8192, 4 * p.n_stride * long(sizeof(*w[0])));
+      // What comes about 8 KB later is fetched, into L2: with more misses than L1 can hold it would be half as fast.
+      const long later = p.n_stride * C * ceil_div(8192, C * p.n_stride * long(sizeof(*w[0])));
       for (long k = 0; k < p.k; k += T::per_line, x += R * 16) {
-        __m512i xs[R];
+        __m512i line[C];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) xs[r] = _mm512_load_si512(x + r * 16);
+        for (int i = 0; i < C; i++) {
+          _mm_prefetch((const char*)(w[i] + k + later), _MM_HINT_T1);
+          line[i] = p.k - k >= T::per_line ? T::full_line(w[i] + k) : T::line(w[i] + k, p.k - k, 1);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const __m512i row = _mm512_load_si512(x + r * 16);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-          _mm_prefetch((const char*)(w[i] + k + later), _MM_HINT_T0);
-          __m512i line = p.k - k >= T::per_line ? T::full_line(w[i] + k) : T::line(w[i] + k, p.k - k, 1);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; r++) acc[i][r] = T::dot(acc[i][r], xs[r], line);
+          for (int i = 0; i < C; i++) acc[r][i] = T::dot(acc[r][i], row, line[i]);
         }
       }
     }
-    const __mmask8 exist = first16(columns.valid - n) & 15;
-    for (int r = 0; r < R; r++)
-      _mm_store_ps(out + r * PANEL + n, _mm_maskz_mov_ps(exist, sums(acc[0][r], acc[1][r], acc[2][r], acc[3][r])));
+    const __mmask8 exist = first16(columns.valid - n) & ((1 << C) - 1);
+    for (int r = 0; r < R; r += 4 / C) {
+      const __m128 total = _mm_maskz_mov_ps(C == 4 ? exist : exist | exist << 2,
+                                            C == 4 ? sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3])
+                                                   : sums(acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]));
+      if (C == 4) _mm_store_ps(out + r * PANEL + n, total);
+      else {
+        _mm_storel_pi((__m64*)(out + r * PANEL + n), total);
+        if (r + 1 < R) _mm_storeh_pi((__m64*)(out + (r + 1) * PANEL + n), total);
+      }
+    }
   }
 }
 
 template <class T>
 void dots(long rows, const Word* tile, const Columns<T>& columns, float* out) {
   using Kernel = void (*)(const Word*, const Columns<T>&, float*);
-  static constexpr Kernel kernels[FEW] = {dots<T, 1>, dots<T, 2>, dots<T, 3>, dots<T, 4>};
+  static constexpr Kernel kernels[FEW] = {dots<T, 1>, dots<T, 2>, dots<T, 3>, dots<T, 4>,
+                                          dots<T, 5>, dots<T, 6>, dots<T, 7>, dots<T, 8>};
   kernels[rows - 1](tile, columns, out);
 }
 
 // Tiles [first, last) of an expert's rows, beginning at `rows`, times two half panels. each(tile, sums [rows of the tile][32]).
 template <class T, class Each>
 void product(Tiling tiling, long first, long last, const Word* rows, long lines, const Columns<T>& left, const Columns<T>& right,
-             Word* panel, Ahead ahead, Each&& each) {
+             Word* panel, Ahead& ahead, Each&& each) {
   alignas(64) float sums[TILE * PANEL];
   if (tiling.rows <= FEW && left.contiguous() && right.contiguous()) {
     dots<T>(tiling.rows, rows, left, sums);
@@ -239,9 +253,9 @@ void product(Tiling tiling, long first, long last, const Word* rows, long lines,
     each(0L, sums);
     return;
   }
-  pack(panel, left);
-  pack(panel + 16, right);
-  ahead.spread((last - first) * lines * 4);
+  ahead.spread((last - first) * lines * 4 + lines * 2);
+  pack(panel, left, ahead);
+  pack(panel + 16, right, ahead);
   for (long tile = first; tile < last; tile++) {
     const long size = tiling.size(tile);
     multiply<T>(size, rows, panel, lines, sums, ahead);
