@@ -61,6 +61,7 @@ struct Columns {
 
 // ---- prefetching
 
+// What will be read next, to be fetched into L2 in equal steps.
 class Ahead {
  public:
   template <class T>
@@ -69,22 +70,21 @@ class Ahead {
       const auto& p = columns.matrix->part[i];
       const long size = sizeof(*p.at), n = columns.valid < 16 ? columns.valid : 16;
       const char* at = (const char*)(p.at + columns.column * p.n_stride);
-      if (p.along_k()) runs_[count_++] = {at, n, ceil_div(p.k * p.k_stride * size, 64), p.n_stride * size};
-      else runs_[count_++] = {at, p.k, ceil_div(n * p.n_stride * size, 64), p.k_stride * size};
-      left_ += runs_[count_ - 1].rows * runs_[count_ - 1].lines;
+      if (p.along_k()) add(at, n, p.k * p.k_stride * size, p.n_stride * size);
+      else add(at, p.k, n * p.n_stride * size, p.k_stride * size);
     }
   }
   void spread(long steps) { quota_ = ceil_div(left_, steps > 0 ? steps : 1); }
   void step() {
-    for (long i = 0; i < quota_ && run_ < count_; i++) {
-      const Run& r = runs_[run_];
-      _mm_prefetch(r.at + line_ * 64, _MM_HINT_T1);
-      if (++line_ < r.lines) continue;
-      line_ = 0;
-      runs_[run_].at += r.stride;
-      if (++row_ < r.rows) continue;
-      row_ = 0;
-      ++run_;
+    for (long n = quota_; n > 0 && run_ < count_;) {
+      Run& r = runs_[run_];
+      const long now = n < r.lines - line_ ? n : r.lines - line_;
+      const char* at = r.at + line_ * 64;
+      for (long i = 0; i < now; i++) _mm_prefetch(at + i * 64, _MM_HINT_T1);
+      n -= now, line_ += now;
+      if (line_ < r.lines) return;
+      line_ = 0, r.at += r.stride;
+      if (--r.rows == 0) run_++;
     }
   }
 
@@ -93,9 +93,14 @@ class Ahead {
     const char* at;
     long rows, lines, stride;
   };
+  void add(const char* at, long rows, long bytes, long stride) {
+    if (bytes == stride) bytes *= rows, rows = 1;
+    runs_[count_++] = {at, rows, ceil_div(bytes, 64), stride};
+    left_ += rows * ceil_div(bytes, 64);
+  }
   Run runs_[4];
   int count_ = 0, run_ = 0;
-  long row_ = 0, line_ = 0, left_ = 0, quota_ = 0;
+  long line_ = 0, left_ = 0, quota_ = 0;
 };
 
 // ---- packing
@@ -103,19 +108,15 @@ class Ahead {
 // Columns contiguous along k: 16 columns x 16 words at a time are transposed.
 template <class T>
 void pack_along_k(Word* panel, const typename Matrix<T>::Part& p, const typename T::Element* at, long valid, Ahead& ahead) {
-  __m512i r[16];
   for (long line = 0; line < p.lines(); line++, at += T::per_line * p.k_stride, panel += 16 * PANEL) {
     const long n = p.k - line * T::per_line;
     ahead.step();
-    if (valid >= 16 && n >= T::per_line && p.k_stride == 1) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) r[i] = T::full_line(at + i * p.n_stride);
-    } else {
-      for (int i = 0; i < 16; i++) r[i] = i < valid ? T::line(at + i * p.n_stride, n, p.k_stride) : _mm512_setzero_si512();
-    }
-    transpose16(r);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) _mm512_store_si512(panel + i * PANEL, r[i]);
+    if (valid >= 16 && n >= T::per_line && p.k_stride == 1)
+      transpose16(panel, PANEL, [&](int i) { return T::full_line(at + i * p.n_stride); });
+    else
+      transpose16(panel, PANEL, [&](int i) {
+        return i < valid ? T::line(at + i * p.n_stride, n, p.k_stride) : _mm512_setzero_si512();
+      });
   }
 }
 
@@ -126,7 +127,8 @@ void pack_along_n(Word* panel, const typename Matrix<T>::Part& p, const typename
     if (k % T::per_line == 0) ahead.step();
     const auto* row = at + k * p.k_stride;
     __m512i words = _mm512_setzero_si512();
-    if (k < p.k && valid > 0) words = T::words(row, k + 1 < p.k ? row + p.k_stride : nullptr, valid, p.n_stride);
+    if (valid >= 16 && k + T::per_word <= p.k && p.n_stride == 1) words = T::full_words(row, row + p.k_stride);
+    else if (k < p.k && valid > 0) words = T::words(row, k + 1 < p.k ? row + p.k_stride : nullptr, valid, p.n_stride);
     _mm512_store_si512(panel, words);
   }
 }

@@ -69,6 +69,7 @@ struct Float32 {
   static __m512i line(const float* p, long n, long step) { return _mm512_castps_si512(load16(p, n, step)); }
   // Words of 16 columns from the rows of one word: here one row.
   static __m512i words(const float* a, const float*, long n, long step) { return _mm512_castps_si512(load16(a, n, step)); }
+  static __m512i full_words(const float* a, const float*) { return _mm512_loadu_si512(a); }
   static void keep(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 };
 
@@ -78,6 +79,8 @@ struct Float16 : Float32 {
     return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
   }
   static __m512i line(const fp16* p, long n, long step) { return _mm512_castps_si512(load16(p, n, step)); }
+  static __m512i full_words(const fp16* a, const fp16*) { return full_line(a); }
+  static __m512i full_words(const float* a, const float*) { return _mm512_loadu_si512(a); }
   static __m512i words(const fp16* a, const fp16*, long n, long step) { return _mm512_castps_si512(load16(a, n, step)); }
   static __m512i words(const float* a, const float*, long n, long step) { return Float32::words(a, a, n, step); }
 };
@@ -104,35 +107,41 @@ struct BFloat16 {
     __m256i high = b ? _mm256_maskz_loadu_epi16(first16(n), b) : _mm256_setzero_si256();
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
+  static __m512i full_words(const bf16* a, const bf16* b) {
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a));
+    return _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)b), 1));
+  }
   static void keep(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
 };
 
-// r[i] lane j  ->  r[j] lane i
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
+// 16 x 16 words: lane j of load(i) goes to lane i of to + j * pitch.
+template <class Load>
+[[gnu::always_inline]] inline void transpose16(uint32_t* to, long pitch, Load&& load) {
+  __m512i r[16], t[16];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  for (int i = 0; i < 16; i += 2) {
+    const __m512i a = load(i), b = load(i + 1);
+    t[i] = _mm512_unpacklo_epi32(a, b);
+    t[i + 1] = _mm512_unpackhi_epi32(a, b);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
     __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
     __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    _mm512_store_si512(to + j * pitch, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_store_si512(to + (4 + j) * pitch, _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_store_si512(to + (8 + j) * pitch, _mm512_shuffle_i32x4(a, c, 0xdd));
+    _mm512_store_si512(to + (12 + j) * pitch, _mm512_shuffle_i32x4(b, d, 0xdd));
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
 // The sum over the lanes of each of four vectors.
