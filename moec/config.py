@@ -61,6 +61,11 @@ def split(options: Mapping[str, object] | None) -> tuple[Options, dict[str, obje
     return Options(**ours), rest  # type: ignore[arg-type]
 
 
+def native() -> bool:
+    """Whether the kernels that are compiled for this machine may be used: not with MOEC_NATIVE=0."""
+    return os.environ.get("MOEC_NATIVE", "1").lower() not in ("0", "false", "off")
+
+
 def _check(ours: Mapping[str, object]) -> None:
     if ours.get("verify", "off") not in VERIFY:
         raise OptionError(f"moec.verify is one of {', '.join(map(repr, VERIFY))}, not {ours['verify']!r}")
