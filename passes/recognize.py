@@ -29,7 +29,6 @@ from moec.ir import (
 )
 from moec.ops.experts import ACTIVATIONS
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {"silu": "silu", "relu": "relu", "gelu": "gelu"}  # of torch's functions
 
 
@@ -71,7 +70,7 @@ def _uniform(found: Feedforward, region: MoERegion) -> bool:
     parameters = [_first(theta) for theta in found.parameters if theta is not None]
     if x is None or x.dim() != 2 or any(p is None or p.dtype != x.dtype for p in parameters):
         return False
-    if dict(region.autocast).get(x.device.type, x.dtype) != x.dtype or region.out_dtype not in FLOATS:
+    if dict(region.autocast).get(x.device.type, x.dtype) != x.dtype or region.out_dtype != x.dtype:
         return False
     if found.scale is None:
         return True

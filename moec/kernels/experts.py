@@ -10,17 +10,19 @@ from torch import Tensor
 from moec import schedule
 from moec.ir import Problem
 from moec.ops import experts
-from moec.ops.experts import Layer
+from moec.ops.experts import Layer, Wanted
 
 from . import native
+
+_PARAMETERS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
 def experts_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(out [T, D], pre [S, F or 2F]); see `moec.ops.experts.forward`."""
     *args, out_dtype, keep, key = experts.with_key(args, "experts_forward")
     layer = experts.unpack(args, key)
-    if _strategy(x, layer, training=keep) == "native":
-        return native.forward(x, layer, out_dtype, keep)
+    if _strategy(x, layer, out_dtype, training=keep) == "native":
+        return _native_forward(x, layer, keep)
     return experts.forward(torch.ops.moec, x, layer, out_dtype, keep)
 
 
@@ -28,20 +30,37 @@ def experts_backward(grad: Tensor, pre: Tensor, x: Tensor, *args: Any) -> list[T
     """The gradients that are wanted; see `moec.ops.experts.backward`."""
     *args, wanted, key = experts.with_key(args, "experts_backward")
     layer = experts.unpack(args, key, unwritten=True)
-    if _strategy(x, layer, training=True) == "native":
-        return native.backward(grad, pre, x, layer, wanted)
+    if _strategy(x, layer, grad.dtype, training=True) == "native":
+        return _native_backward(grad, pre, x, layer, Wanted(wanted, layer.body))
     return experts.backward(torch.ops.moec, grad, pre, x, layer, wanted)
 
 
-def _strategy(x: Tensor, layer: Layer, training: bool) -> str:
+def _native_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Tensor]:
+    routing, scale, body = layer
+    kind = (routing.slots_per_row, body.activation, body.gating, body.up_transposed, body.down_transposed)
+    out, pre = native.forward(x, *routing[:3], scale, *body[:6], *kind, keep)
+    return out, pre if keep else pre.new_empty((0, body.num_pre))
+
+
+def _native_backward(grad: Tensor, pre: Tensor, x: Tensor, layer: Layer, wanted: Wanted) -> list[Tensor]:
+    routing, scale, body = layer
+    kind = (routing.slots_per_row, body.activation, body.gating, body.up_transposed, body.down_transposed)
+    needs = [wanted.x, wanted.scale, *(wanted.needs(name) for name in _PARAMETERS)]
+    grads = native.backward(grad, x, pre, *routing[:3], scale, *body[:6], *kind, needs, body.bundled)
+    flat = [*grads[:2], *(g for group in grads[2:] for g in group)]
+    return [g for g in flat if g is not None]
+
+
+def _strategy(x: Tensor, layer: Layer, out_dtype: torch.dtype, training: bool) -> str:
     routing, _, body = layer
-    d_expert = body.down[0].shape[-2 if body.down_transposed else -1]
+    if out_dtype != x.dtype:
+        return "composed"
     problem = Problem(
         num_tokens=x.shape[0],
         top_k=routing.slots_per_row,
         num_experts=routing.offsets.shape[0],
         d_model=x.shape[1],
-        d_expert=d_expert,
+        d_expert=body.down[0].shape[-2 if body.down_transposed else -1],
         dtype=x.dtype,
         device=x.device.type,
         training=training,

@@ -241,6 +241,12 @@ class Wanted:
     def any(self, *names: str) -> bool:
         return any(self._positions[name] for name in names)
 
+    def needs(self, name: str) -> list[bool]:
+        """One for each tensor of the parameter, or one for its stack."""
+        tensors = getattr(self._body, name)
+        n = min(len(tensors), 1) if self._body.bundled else len(tensors)
+        return [p in self._positions[name] for p in range(n)]
+
     def experts(self, name: str) -> list[int] | None:
         """As `grouped_outer` takes it: None for one stack."""
         stacked = getattr(self._body, name)[0].dim() == (2 if name.endswith("bias") else 3)

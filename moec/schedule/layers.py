@@ -57,7 +57,7 @@ class Native(Strategy):
         reason = native.available()
         if reason is not None:
             return reason
-        return native.refuses(problem.dtype, problem.d_model, problem.d_expert, problem.gating)
+        return native.refuses(problem.dtype, problem.d_model, problem.d_expert)
 
     def cost(self, problem: Problem) -> float:
         num_bytes = products(problem) * hit_experts(problem) * weight_bytes(problem)

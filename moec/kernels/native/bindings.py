@@ -120,11 +120,13 @@ def backward(
     up_transposed: bool,
     down_transposed: bool,
     needs: Sequence[Needs],
+    stack: bool = False,
 ) -> tuple[Tensor | None | list[Tensor | None], ...]:
     """-> gradients of x, scale (None where not needed), and lists for gate, up, down, gate_bias, up_bias, down_bias.
 
     `grad` [T, D] is that of out, `pre` what `forward` kept. `needs`: for each of these eight whether it is needed, or for each tensor
-    of the list. A stack has one gradient, separate weights one each with storage of its own, zeros for an expert without rows.
+    of the list. A stack has one gradient, separate weights one each with storage of its own, or with `stack` one for all of a list, in
+    one tensor [E, ...]; zeros for an expert without rows.
     """
     layer = Layer.of(x, order, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row, gating,
                      up_transposed, down_transposed)  # fmt: skip
@@ -139,7 +141,7 @@ def backward(
     call.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
 
     lists = (gate, up, down, gate_bias, up_bias, down_bias)
-    results = [_like(tensors, need) for tensors, need in zip(lists, needs_lists)]
+    results = [_like(tensors, need, stack) for tensors, need in zip(lists, needs_lists)]
     at = [_targets(result, 3 if i < 3 else 2) for i, result in enumerate(results)]
     d_gate, d_up, d_down, d_gate_bias, d_up_bias, d_down_bias = at
     if d_up is not None or d_gate is not None:
@@ -321,7 +323,10 @@ def _fresh(like: Tensor, shape: Sequence[int]) -> Tensor:
     return result
 
 
-def _like(tensors: Sequence[Tensor], need: Needs) -> list[Tensor | None]:
+def _like(tensors: Sequence[Tensor], need: Needs, stack: bool) -> list[Tensor | None]:
+    if stack and tensors:
+        (wanted,) = [need] if isinstance(need, bool) else need
+        return [_fresh(tensors[0], (len(tensors), *tensors[0].shape)) if wanted else None]
     needs = [need] * len(tensors) if isinstance(need, bool) else need
     return [_fresh(t, t.shape) if wanted else None for t, wanted in zip(tensors, needs)]
 
