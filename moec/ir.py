@@ -232,7 +232,9 @@ class Problem:
     stacked: bool
     bias: bool = False
     granularity: float | None = None  # as declared; None: nobody said
-    gating: str | None = None  # of a body that `moec::experts` knows, one of its GATINGS; None: any other body, or one product
+    gating: str | None = (
+        None  # of a body that `moec::experts` knows, one of its GATINGS; None: any other body, or one product
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,18 @@ from moec.capture.declared import take_declarations
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
 from moec.fx import graph_module, value
-from moec.ir import Declaration, Feedforward, GroupedLinear, MoERegion, Outer, Problem, Refusal, Separate, Site, expressions
+from moec.ir import (
+    Declaration,
+    Feedforward,
+    GroupedLinear,
+    MoERegion,
+    Outer,
+    Problem,
+    Refusal,
+    Separate,
+    Site,
+    expressions,
+)
 from moec.passes import cutout, facts
 from moec.passes.detect import Detection, detect
 from moec.passes.lower import Lowered, LoweringFault, lower

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import moec.kernels  # noqa: F401  (defines the ops)
 from moec.ops.experts import ACTIVATIONS, GATINGS
@@ -46,7 +45,12 @@ class Case:
 
     @staticmethod
     def random(
-        name: str, activation: str = "silu", gating: str = "halves", bias: bool = False, scaled: bool = True, seed: int = 0
+        name: str,
+        activation: str = "silu",
+        gating: str = "halves",
+        bias: bool = False,
+        scaled: bool = True,
+        seed: int = 0,
     ) -> Case:
         ids, num_experts = ids_of(name)
         g = torch.Generator().manual_seed(seed)
@@ -60,7 +64,9 @@ class Case:
         if bias:
             shapes |= {f"{n}_bias": shapes[n][:2] for n in ("gate", "up", "down") if n in shapes}
         leaves = {
-            n: torch.randn(s, generator=g, dtype=torch.float64).div_(s[-1] ** 0.5 if len(s) == 3 else 1).requires_grad_()
+            n: torch.randn(s, generator=g, dtype=torch.float64)
+            .div_(s[-1] ** 0.5 if len(s) == 3 else 1)
+            .requires_grad_()
             for n, s in shapes.items()
         }
         return Case(leaves, activation, gating, ids, num_experts)
@@ -133,7 +139,9 @@ def test_routings(name: str, gating: str) -> None:
 
 @pytest.mark.parametrize(
     ("gating", "bias", "scaled", "stacked", "transposed"),
-    itertools.product(GATINGS, (False, True), (False, True), (False, True), ((False, False), (True, True), (False, True))),
+    itertools.product(
+        GATINGS, (False, True), (False, True), (False, True), ((False, False), (True, True), (False, True))
+    ),
 )
 def test_layouts(gating: str, bias: bool, scaled: bool, stacked: bool, transposed: tuple[bool, bool]) -> None:
     case = Case.random("sentinels", gating=gating, bias=bias, scaled=scaled)
@@ -147,7 +155,9 @@ def test_activations(activation: str, gating: str) -> None:
     agree(case, fused(case))
 
 
-@pytest.mark.parametrize("wanted", [["x"], ["scale"], ["up"], ["down", "scale"], ["x", "down_bias"], ["gate_bias", "gate"]])
+@pytest.mark.parametrize(
+    "wanted", [["x"], ["scale"], ["up"], ["down", "scale"], ["x", "down_bias"], ["gate_bias", "gate"]]
+)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_only_some_gradients(wanted: list[str], stacked: bool) -> None:
     case = Case.random("sentinels", gating="separate", bias=True)
@@ -213,7 +223,11 @@ def test_fakes_and_schemas() -> None:
                 *ops.route(case.ids, case.num_experts),
                 case.leaves["scale"].detach().reshape(-1).requires_grad_(),
                 *[
-                    [] if n not in case.leaves else [case.leaves[n]] if stacked else [t.detach().clone().requires_grad_() for t in case.leaves[n]]
+                    []
+                    if n not in case.leaves
+                    else [case.leaves[n]]
+                    if stacked
+                    else [t.detach().clone().requires_grad_() for t in case.leaves[n]]
                     for n in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
                 ],
                 case.ids.shape[1],

@@ -16,15 +16,15 @@ backend runs.
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import torch._dynamo.config as dynamo_config
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.guards import CheckFunctionManager
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.symbolic_convert import InstructionTranslator, InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
@@ -32,6 +32,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import CompileContext
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
+from . import collector
 from .seams import log, wrap
 
 # The ways torch and functools keep the callable that they wrap.
@@ -160,6 +161,7 @@ def _owner(root: InstructionTranslatorBase) -> object:
 def install() -> None:
     wrap(InstructionTranslator, "run", _give_way)
     wrap(OutputGraph, "__init__", _mark_and_allow_unbacked)
+    wrap(CheckFunctionManager, "__init__", _guard_calmly)
     wrap(TensorVariable, "call_method", _allow_item)
 
 
@@ -195,7 +197,7 @@ def _give_way(original: Callable[..., None]) -> Callable[..., None]:
 
     def run(self: InstructionTranslator) -> None:
         try:
-            with calm_collector() if ours(self) else contextlib.nullcontext():
+            with collector.calm() if ours(self) else contextlib.nullcontext():
                 return original(self)
         except (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound) as fault:
             if not ours(self):
@@ -205,17 +207,13 @@ def _give_way(original: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@contextlib.contextmanager
-def calm_collector() -> Iterator[None]:
-    """Tracing makes millions of objects that live until it ends: the cyclic collector would walk them over and over, for a tenth
-    of the time with four layers of 128 experts and a growing part with more."""
-    before = gc.get_threshold()
-    if before[0]:  # 0: it is off
-        gc.set_threshold(max(before[0], 100_000), *(max(n, 20) for n in before[1:]))
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
+def _guard_calmly(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: CheckFunctionManager, *args: object, **kwargs: object) -> None:
+        graph = kwargs.get("output_graph", args[1] if len(args) > 1 else None)
+        with collector.calm() if getattr(graph, "_moec_ours", False) else contextlib.nullcontext():
+            original(self, *args, **kwargs)
+
+    return __init__
 
 
 def _allow_item(original: Callable[..., VariableTracker]) -> Callable[..., VariableTracker]:

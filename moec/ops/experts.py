@@ -366,4 +366,3 @@ def define() -> None:
     torch.library.register_fake("moec::experts_backward", _fake_backward, lib=LIBRARY)
     torch.library.register_autograd("moec::experts_forward", _backward, setup_context=_save, lib=LIBRARY)
     torch.library.register_autograd("moec::experts_backward", _no_second_derivative, lib=LIBRARY)
-
