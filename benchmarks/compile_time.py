@@ -3,8 +3,9 @@
     python benchmarks/compile_time.py                    # E = 128, D = 256, F = 128, T = 64; plain Dynamo + AOT beside it
     python benchmarks/compile_time.py --experts 32 --skip-plain --json out.json
 
-Each measurement runs in a process of its own, so that nothing is warm but imports and moec's own library of CPU kernels. `plain` is torch's own Dynamo with AOTAutograd and
-an eager backend, with the two settings that let it capture the loop in one graph at all. Prints a table and a line of JSON.
+Each measurement runs in a process of its own, so that nothing is warm but imports and moec's own library of CPU kernels.
+`plain` is torch's own Dynamo with AOTAutograd and an eager backend, with the two settings that let it capture the loop in one
+graph at all. Prints a table and a line of JSON.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -119,12 +120,13 @@ def compile_inner(
             from torch._inductor.compile_fx import compile_fx
 
             patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **rest}
-            compiled = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[arg-type]
+            compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[arg-type]
         else:
             inner = torch._dynamo.lookup_backend(options.inner)
             extra = {"options": dict(rest)} if rest else {}
             compiled = inner(gm, list(example_inputs), **extra)  # type: ignore[arg-type]
-    return compiled if bundled is None else bundled.call(compiled)  # type: ignore[arg-type, return-value]
+    result: Compiled = compiled if bundled is None else bundled.call(compiled)
+    return result
 
 
 def has_unknown_sizes(gm: fx.GraphModule) -> bool:

@@ -3,8 +3,8 @@
     experts(x, ..., up=[w_0, ..., w_127], ...)        384 inputs of the graph
     experts(x, ..., up=[up], ..., key)                3 inputs and a key; `moec.ops.bundles` says what they are
 
-The last step before the inner compiler: the graphs of reports are those before it. A group is bundled only if the graph does nothing
-else with its parameters and with the memory they lie in.
+The last step before the inner compiler: the graphs of reports are those before it. A group is bundled only if the graph does
+nothing else with its parameters and with the memory they lie in.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def bundle(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Bundled | No
         return None
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
-    groups = {node: [list(node.args[i]) for i in _GROUPS if node.args[i]] for node in layers}  # type: ignore[arg-type]
+    groups = {node: [list(node.args[i]) for i in _GROUPS if node.args[i]] for node in layers}
     hidden = {p for found in groups.values() for group in found for p in group}
     examples, kept = [], []
     for node, i in position.items():
@@ -137,8 +137,9 @@ def _grad(groups: list[list[fx.Node]]) -> bool:
 
 
 def _fake_key(node: fx.Node) -> torch.Tensor:
-    mode = value(node.args[5 + 1][0]).fake_mode  # type: ignore[index, attr-defined, operator]
-    return mode.from_tensor(torch.zeros(1, dtype=torch.int64), static_shapes=True)  # type: ignore[no-any-return]
+    x = value(node.args[0])  # type: ignore[arg-type]
+    assert isinstance(x, FakeTensor)
+    return x.fake_mode.from_tensor(torch.zeros(1, dtype=torch.int64), static_shapes=True)
 
 
 def _fake_group(group: list[fx.Node]) -> torch.Tensor:
@@ -153,12 +154,12 @@ def _fake_group(group: list[fx.Node]) -> torch.Tensor:
 def _placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
     node = graph.placeholder(name)
     node.meta["example_value"] = example
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
 
 
 def _copied(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, fx.Node]) -> fx.Node:
     copy = graph.node_copy(node, mapped.__getitem__)
     if hasattr(node, "_dynamo_source"):
-        copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+        copy._dynamo_source = node._dynamo_source
     return copy

@@ -6,7 +6,9 @@
     y    = ... moec::grouped_linear(rows, weights, biases, offsets) ... # the rolled body, on slot rows in sorted order
     out  = moec::combine(y, order, inverse, offsets, K)                # in place of the root
 
-or, for a body that the schedule wants in one go, `out = moec::experts(x, order, inverse, offsets, topk_weights, ...)`. Everything is written right after the root, under the state in force there; what only the root needed is taken out.
+or, for a body that the schedule wants in one go, `out = moec::experts(x, order, inverse, offsets, topk_weights, ...)`.
+
+Everything is written right after the root, under the state in force there; what only the root needed is taken out.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from moec.ir import (
 from moec.passes.detect import Detection
 
 OPS = torch.ops.moec
+NONE: Mapping[MoERegion, Feedforward] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +196,7 @@ class LoweringFault(Exception):
         self.region = region
 
 
-def lower(graph: fx.Graph, detection: Detection, whole: Mapping[MoERegion, Feedforward]) -> list[Lowered]:
+def lower(graph: fx.Graph, detection: Detection, whole: Mapping[MoERegion, Feedforward] = NONE) -> list[Lowered]:
     """Writes all regions of a detection into its graph, those in `whole` as one op each, and takes out what died."""
     names: dict[fx.Node, fx.Node] = {}
     done = []

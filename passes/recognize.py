@@ -81,7 +81,7 @@ def _uniform(found: Feedforward, region: MoERegion) -> bool:
 def _uncast(expr: Expr, dtype: torch.dtype) -> Expr:
     """Without the cast to the dtype in which slots are added up: the op does that."""
     if isinstance(expr, Apply) and expr.target is torch.Tensor.to and expr.args[1:] == (dtype,) and not expr.kwargs:
-        return _plain(expr.args[0])  # type: ignore[arg-type]
+        return _plain(expr.args[0])
     return _plain(expr)
 
 
@@ -91,7 +91,7 @@ def _scaled(expr: Expr) -> tuple[Expr, Expr | None]:
         for rows, by in (expr.args, expr.args[::-1]):
             scale = _slot_scalar(by)
             if scale is not None and not isinstance(rows, (int, float)):
-                return _plain(rows), scale  # type: ignore[arg-type]
+                return _plain(rows), scale
     return expr, None
 
 
@@ -206,7 +206,7 @@ def _width(expr: object) -> int | None:
         return int(v.shape[1]) if v is not None and v.dim() == 2 else None
     if isinstance(expr, Apply):
         if expr.target is reshape_features and len(expr.args[1]) == 1:  # type: ignore[arg-type]
-            return expr.args[1][0]  # type: ignore[index, no-any-return]
+            return expr.args[1][0]  # type: ignore[index]
         if (part := _part(expr)) is not None:
             width = _width(part[0])
             return width // 2 if width is not None and width % 2 == 0 else None
@@ -250,10 +250,10 @@ def _same(a: object, b: object) -> bool:
         return True
     if type(a) is not type(b):
         return False
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))  # type: ignore[arg-type]
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(i, j) for i, j in zip(a, b))
     if isinstance(a, Outer):
-        return a.node is b.node  # type: ignore[attr-defined]
+        return isinstance(b, Outer) and a.node is b.node
     if isinstance(a, (TokenRows, SlotValue, ExpertRows, GroupedLinear, Apply, Stacked, Separate)):
         return all(_same(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
     return bool(a == b)

@@ -35,7 +35,7 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Case:
-    """Leaves by name: x [T, D], scale [T, K] or None, gate [E, F, D] or None, up [E, F or 2F, D], down [E, D, F], biases [E, ...]."""
+    """Leaves by name: x [T, D], scale [T, K], gate [E, F, D], up [E, F or 2F, D], down [E, D, F], biases [E, ...]."""
 
     leaves: dict[str, Tensor]
     activation: str

@@ -1,7 +1,7 @@
 """Python's cyclic collector, calmed while a frame is traced.
 
-Tracing and guarding make millions of objects that live until they end. The collector would walk them over and over: a tenth of the
-time for four layers of 128 experts, and a growing part for more.
+Tracing and guarding make millions of objects that live until they end. The collector would walk them over and over: a tenth
+of the time for four layers of 128 experts, and a growing part for more.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ _PARAMETERS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 def experts_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(out [T, D], pre [S, F or 2F]); see `moec.ops.experts.forward`."""
-    *args, out_dtype, keep, key = experts.with_key(args, "experts_forward")
-    layer = experts.unpack(args, key)
+    *given, out_dtype, keep, key = experts.with_key(args, "experts_forward")
+    layer = experts.unpack(given, key)
     if _strategy(x, layer, out_dtype, training=keep) == "native":
         return _native_forward(x, layer, keep)
     return experts.forward(torch.ops.moec, x, layer, out_dtype, keep)
@@ -28,27 +29,31 @@ def experts_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def experts_backward(grad: Tensor, pre: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
     """The gradients that are wanted; see `moec.ops.experts.backward`."""
-    *args, wanted, key = experts.with_key(args, "experts_backward")
-    layer = experts.unpack(args, key, unwritten=True)
+    *given, wanted, key = experts.with_key(args, "experts_backward")
+    layer = experts.unpack(given, key, unwritten=True)
     if _strategy(x, layer, grad.dtype, training=True) == "native":
         return _native_backward(grad, pre, x, layer, Wanted(wanted, layer.body))
     return experts.backward(torch.ops.moec, grad, pre, x, layer, wanted)
 
 
 def _native_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Tensor]:
-    routing, scale, body = layer
-    kind = (routing.slots_per_row, body.activation, body.gating, body.up_transposed, body.down_transposed)
-    out, pre = native.forward(x, *routing[:3], scale, *body[:6], *kind, keep)
-    return out, pre if keep else pre.new_empty((0, body.num_pre))
+    run: Any = native.forward
+    out, pre = run(x, *_arguments(layer), keep)
+    return out, pre if keep else pre.new_empty((0, layer.body.num_pre))
 
 
 def _native_backward(grad: Tensor, pre: Tensor, x: Tensor, layer: Layer, wanted: Wanted) -> list[Tensor]:
+    needs = [wanted.x, wanted.scale, *map(wanted.needs, _PARAMETERS)]
+    run: Any = native.backward
+    grads = run(grad, x, pre, *_arguments(layer), needs, layer.body.bundled)
+    return [g for g in (*grads[:2], *itertools.chain(*grads[2:])) if g is not None]
+
+
+def _arguments(layer: Layer) -> tuple[Any, ...]:
+    """From `order` to `down_transposed`."""
     routing, scale, body = layer
     kind = (routing.slots_per_row, body.activation, body.gating, body.up_transposed, body.down_transposed)
-    needs = [wanted.x, wanted.scale, *(wanted.needs(name) for name in _PARAMETERS)]
-    grads = native.backward(grad, x, pre, *routing[:3], scale, *body[:6], *kind, needs, body.bundled)
-    flat = [*grads[:2], *(g for group in grads[2:] for g in group)]
-    return [g for g in flat if g is not None]
+    return (*routing[:3], scale, *body[:6], *kind)
 
 
 def _strategy(x: Tensor, layer: Layer, out_dtype: torch.dtype, training: bool) -> str:

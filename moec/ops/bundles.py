@@ -4,10 +4,11 @@
     out = moec::experts(x, ..., up=[up], ..., key)                     the kernel finds w_0, ..., w_127 under the number in `key`
     out.sum().backward()                                               up's gradient, a real [128, F, D], falls apart into theirs
 
-A compiler spends milliseconds on every tensor that enters a graph, forward and backward, and a layer of 128 separate experts has 384. What
-stands for them has their shape and dtype, so that everything a compiler asks is answered truly, but no values. Kernels never
-read it: they `resolve` the key, which is an ordinary tensor, so that saving it for the backward, or packing and unpacking what was
-saved, keeps its meaning. As autograd does for its own saved tensors, a backward checks that no parameter was written meanwhile.
+A compiler spends milliseconds on every tensor that enters a graph, forward and backward, and a layer of 128 separate experts
+has 384. What stands for them has their shape and dtype, so that everything a compiler asks is answered truly, but no values.
+Kernels never read it: they `resolve` the key, an ordinary tensor, so that saving it for the backward, or packing and
+unpacking what was saved, keeps its meaning. As autograd does for what it saves, a backward checks that no parameter was
+written meanwhile.
 
 An entry lives as long as its bundle refers to it or a backward may still need it; it holds no parameter alive.
 """
@@ -100,6 +101,6 @@ class Bundle:
         sizes = tuple(map(len, groups))
         if grad:
             parameters = itertools.chain.from_iterable(groups)
-            stand_ins: tuple[Tensor, ...] = _Tie.apply(self._entry, sizes, *parameters)  # type: ignore[no-untyped-call]
+            stand_ins: tuple[Tensor, ...] = _Tie.apply(self._entry, sizes, *parameters)
             return self._entry.key, stand_ins
         return self._entry.key, tuple(stand_in(group[0], n) for group, n in zip(groups, sizes))

@@ -10,8 +10,8 @@ definition, over `torch.ops.moec` the kernel for wherever nothing better is ther
 less often. For the backward only x and `pre` are kept: the gradient of the scale is <h, grad @ down>, so that y is never needed.
 
     activation   a name in ACTIVATIONS
-    gating       "none": up [F, D] for each expert; "halves": [2F, D], the gate in the first F rows; "interleaved": [2F, D], the gate
-                 in even rows; "separate": two lists, gate and up, [F, D] each
+    gating       "none": up [F, D] for each expert; "halves": [2F, D], the gate in the first F rows; "interleaved": [2F, D],
+                 the gate in even rows; "separate": two lists, gate and up, [F, D] each
 
 With a `key` each stack of parameters only stands for separate ones: see `bundles`.
 
@@ -45,7 +45,7 @@ SCHEMAS = {
     "experts": f"(Tensor x, {_ARGUMENTS}, ScalarType out_dtype, Tensor? key=None) -> Tensor",
     "experts_forward": f"(Tensor x, {_ARGUMENTS}, ScalarType out_dtype, bool keep, Tensor? key=None)"
     " -> (Tensor out, Tensor pre)",
-    # `wanted`: which gradients, as positions in [x, scale, *gate, *up, *down, *gate_bias, *up_bias, *down_bias]; None: all of them.
+    # `wanted`: which gradients, as positions in [x, scale, *gate, *up, *down, *gate_bias, *up_bias, *down_bias]; None: all.
     "experts_backward": f"(Tensor grad, Tensor pre, Tensor x, {_ARGUMENTS}, int[]? wanted, Tensor? key=None) -> Tensor[]",
 }
 
@@ -144,12 +144,12 @@ class Layer(NamedTuple):
 
 def unpack(args: Sequence[Any], key: Tensor | None = None, unwritten: bool = False) -> Layer:
     """`args` from `order` to `down_transposed`; what stands for other parameters gives way to them."""
-    order, inverse, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row, *kind = args
-    parameters = [gate, up, down, gate_bias, up_bias, down_bias]
+    order, inverse, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row = args[:11]
+    parameters: list[Any] = [gate, up, down, gate_bias, up_bias, down_bias]
     if key is not None:
         groups = iter(bundles.resolve(key, unwritten))
         parameters = [next(groups) if stand_in else [] for stand_in in parameters]
-    body = Body(*parameters, *kind, bundled=key is not None)
+    body = Body._make([*parameters, *args[11:15], key is not None])
     return Layer(Routing(order, inverse, offsets, slots_per_row), scale, body)
 
 
@@ -271,13 +271,13 @@ def _check(x: Tensor, layer: Layer) -> None:
 
 
 def _experts_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *args, out_dtype, keep, key = with_key(args, "experts_forward")
-    return forward(reference, x, unpack(args, key), out_dtype, keep)
+    *given, out_dtype, keep, key = with_key(args, "experts_forward")
+    return forward(reference, x, unpack(given, key), out_dtype, keep)
 
 
 def _experts_backward(grad: Tensor, pre: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
-    *args, wanted, key = with_key(args, "experts_backward")
-    return backward(reference, grad, pre, x, unpack(args, key, unwritten=True), wanted)
+    *given, wanted, key = with_key(args, "experts_backward")
+    return backward(reference, grad, pre, x, unpack(given, key, unwritten=True), wanted)
 
 
 _LENGTHS = {"experts": 16, "experts_forward": 17, "experts_backward": 16}  # of what follows x, without a key
@@ -289,16 +289,16 @@ def with_key(args: Sequence[Any], name: str) -> list[Any]:
 
 
 def _fake_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *args, out_dtype, keep, _ = with_key(args, "experts_forward")
-    layer = unpack(args)
+    *given, out_dtype, keep, _ = with_key(args, "experts_forward")
+    layer = unpack(given)
     _check(x, layer)
     rows = layer.routing.order.shape[0] if keep else 0
     return x.new_empty((x.shape[0], layer.body.d_model), dtype=out_dtype), x.new_empty((rows, layer.body.num_pre))
 
 
 def _fake_backward(grad: Tensor, pre: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
-    *args, wanted, _ = with_key(args, "experts_backward")
-    _, scale, body = unpack(args)
+    *given, wanted, _ = with_key(args, "experts_backward")
+    _, scale, body = unpack(given)
     likes = [x, scale, *body.parameters()]
     chosen = range(len(likes)) if wanted is None else wanted
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for i in chosen if (t := likes[i]) is not None]
@@ -306,22 +306,22 @@ def _fake_backward(grad: Tensor, pre: Tensor, x: Tensor, *args: Any) -> list[Ten
 
 def _experts(x: Tensor, *args: Any) -> Tensor:
     """Keeps what a backward will need if there can be one."""
-    *args, out_dtype, key = with_key(args, "experts")
-    layer = unpack(args)
+    *given, out_dtype, key = with_key(args, "experts")
+    layer = unpack(given)
     _check(x, layer)
     tensors = (x, layer.scale, *layer.body.parameters())
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     with torch._C._DisableAutocast():
-        out: Tensor = torch.ops.moec.experts_forward(x, *args, out_dtype, keep, key)[0]
+        out: Tensor = torch.ops.moec.experts_forward(x, *given, out_dtype, keep, key)[0]
     return out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *args = inputs
-    *args, ctx.out_dtype, ctx.kept, key = with_key(args, "experts_forward")
-    routing, scale, body = unpack(args)
+    *given, ctx.out_dtype, ctx.kept, key = with_key(args, "experts_forward")
+    routing, scale, body = unpack(given)
     ctx.set_materialize_grads(False)
-    ctx.sizes, ctx.kind = [len(g) for g in body[:6]], tuple(args[10:])
+    ctx.sizes, ctx.kind = [len(g) for g in body[:6]], tuple(given[10:])
     ctx.save_for_backward(x, output[1], *routing[:3], scale, key, *body.parameters())
 
 

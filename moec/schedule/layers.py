@@ -3,7 +3,8 @@
     composed    the other ops one after the other, each product by its own strategy: never refuses
     native      one parallel region over experts and columns, in C++ (moec/kernels/native); CPU
 
-A site whose layer would be `composed` at any number of tokens is written in the smaller ops: then Inductor fuses what lies between them.
+A site whose layer would be `composed` at any number of tokens is written in the smaller ops: then Inductor fuses what lies
+between them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Composed(Strategy):
 
 @dataclass(frozen=True)
 class Native(Strategy):
-    """`efficiency`: of the GEMM rate of torch, which the micro-kernels reach. `call`: seconds for a call with everything in it."""
+    """`efficiency`: of torch's rate in large products, which the micro-kernels reach. `call`: seconds for a call."""
 
     name: str = "native"
     efficiency: float = 1.0
