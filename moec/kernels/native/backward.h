@@ -164,9 +164,9 @@ struct Backward {
     {
       Lane& lane = lanes[thread_number()];
       read_rows<T>(c, rows);
-      first.drain([&](long i, long then) { differentiate(lane, items[i], then < first.count() ? &items[then] : nullptr); });
+      first.drain([&](long i) { differentiate(lane, items[i], first); });
 #pragma omp barrier
-      if (c.grad_scale) slots.drain([&](long i, long) { weigh(64 * i); });
+      if (c.grad_scale) slots.drain([&](long i) { weigh(64 * i); });
       sum_to_tokens<T>(
           c, rows, d_pre, pre_lines, second, c.d_model, c.grad_x, lane.sums, lane.panel,
           [&](long e) {
@@ -176,15 +176,15 @@ struct Backward {
             return Matrix<T>{{gate.part[0], up.part[0]}, 2};
           },
           [](long, long, __m512 v, long) { return v; });
-      third.drain([&](long i, long) { multiply_rows(lane, job_items[i]); });
-      fourth.drain([&](long e, long) { sum_biases(e); });
+      third.drain([&](long i) { multiply_rows(lane, job_items[i]); });
+      fourth.drain([&](long e) { sum_biases(e); });
       _mm_sfence();
     }
   }
 
   // ---- 1
 
-  void differentiate(Lane& lane, const Item& it, const Item* then) {
+  void differentiate(Lane& lane, const Item& it, const Queue& queue) {
     const long begin = expert_begin(c, it.expert);
     const Tiling tiling{expert_rows(c, it.expert)};
     if (lane.expert != it.expert || lane.first != it.first)
@@ -193,7 +193,8 @@ struct Backward {
     const Matrix<T> down = adjoint<T>(c.down, it.expert, c.d_model);
     for (long f = it.begin; f < it.end; f += PANEL) {
       const bool more = f + PANEL < it.end;
-      const Matrix<T> next = more || !then ? down : adjoint<T>(c.down, then->expert, c.d_model);
+      const Item* then = more ? nullptr : queue.probably_next(items);
+      const Matrix<T> next = !then ? down : adjoint<T>(c.down, then->expert, c.d_model);
       Ahead ahead;
       if (more || then) {
         const long at = more ? f + PANEL : then->begin;

@@ -264,10 +264,15 @@ void dots(long rows, const Word* tile, const Columns<T>& columns, float* out) {
   kernels[rows - 1](tile, columns, out);
 }
 
-// Tiles [first, last) of an expert's rows, beginning at `rows`, times two half panels. each(tile, sums [rows of the tile][32]).
-template <class T, class Each>
+struct Nothing {
+  void operator()(long) const {}
+};
+
+// Tiles [first, last) of an expert's rows, beginning at `rows`, times two half panels. each(tile, sums [rows of the tile][32]);
+// before(tile) comes before the multiplication, early enough to fetch what `each` will touch.
+template <class T, class Each, class Before = Nothing>
 void product(Tiling tiling, long first, long last, const Word* rows, long lines, const Columns<T>& left, const Columns<T>& right,
-             Word* panel, Ahead& ahead, Each&& each) {
+             Word* panel, Ahead& ahead, Each&& each, Before&& before = {}) {
   alignas(64) float sums[TILE * PANEL];
   if (tiling.rows <= FEW && left.contiguous() && right.contiguous()) {
     dots<T>(tiling.rows, rows, left, sums);
@@ -279,6 +284,7 @@ void product(Tiling tiling, long first, long last, const Word* rows, long lines,
   pack(panel, left, right, ahead);
   for (long tile = first; tile < last; tile++) {
     const long size = tiling.size(tile);
+    before(tile);
     multiply<T>(size, rows, panel, lines, sums, ahead);
     each(tile, sums);
     rows += size * lines * 16;
