@@ -51,13 +51,12 @@ void pack_rows(Word* to, long pitch, const Side<T>& side, const int32_t* tokens,
   }
 }
 
-// sums [8][32] over `words` of left [words][16], of which 8 columns count, and right [words][32].
-template <class T>
-void outer(const Word* left, const Word* right, long words, float* sums) {
+// 8 x 32 sums over `words` of left [words][16], of which 8 columns count, and right [words][32]. each(row, sums 0-15, sums 16-31).
+template <class T, class Each>
+[[gnu::always_inline]] inline void outer(const Word* left, const Word* right, long words, Each&& each) {
   __m512 acc[8][2];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) (&acc[0][0])[i] = _mm512_setzero_ps();
-#pragma GCC unroll 2
   for (long w = 0; w < words; w++, left += 16, right += PANEL) {
     __m512i b0 = _mm512_load_si512(right), b1 = _mm512_load_si512(right + 16);
 #pragma GCC unroll 8
@@ -67,21 +66,16 @@ void outer(const Word* left, const Word* right, long words, float* sums) {
       acc[i][1] = T::dot(acc[i][1], a, b1);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) _mm512_store_ps(sums + i * 16, (&acc[0][0])[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) each(i, acc[i][0], acc[i][1]);
 }
 
 // Whole lines that nobody reads soon go around the caches.
-inline void write32(float* p, long n, __m512 a, __m512 b) {
-  if (n >= 32 && (uintptr_t)p % 64 == 0) _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b);
-  else store16(p, n, a), store16(p + 16, n - 16, b);
-}
-template <class E>
-void write32(E* p, long n, __m512 a, __m512 b) {
-  alignas(64) E line[32];
-  store16(line, 16, a), store16(line + 16, 16, b);
-  if (n >= 32 && (uintptr_t)p % 64 == 0) _mm512_stream_si512((__m512i*)p, _mm512_load_si512(line));
-  else _mm512_mask_storeu_epi16(p, first32(n), _mm512_load_si512(line));
+inline void write32(float* p, __m512 a, __m512 b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b); }
+inline void write32(bf16* p, __m512 a, __m512 b) { _mm512_stream_si512((__m512i*)p, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
+inline void write32(fp16* p, __m512 a, __m512 b) {
+  const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
 
 // Adds many numbers, with what each addition loses (Kahan): an expert may have thousands of rows.
@@ -164,9 +158,9 @@ struct Backward {
     {
       Lane& lane = lanes[thread_number()];
       read_rows<T>(c, rows);
-      first.drain([&](long i, long then) { differentiate(lane, items[i], then < first.count() ? &items[then] : nullptr); });
+      first.drain([&](long i) { differentiate(lane, items[i], first); });
 #pragma omp barrier
-      if (c.grad_scale) slots.drain([&](long i, long) { weigh(64 * i); });
+      if (c.grad_scale) slots.drain([&](long i) { weigh(64 * i); });
       sum_to_tokens<T>(
           c, rows, d_pre, pre_lines, second, c.d_model, c.grad_x, lane.sums, lane.panel,
           [&](long e) {
@@ -176,15 +170,15 @@ struct Backward {
             return Matrix<T>{{gate.part[0], up.part[0]}, 2};
           },
           [](long, long, __m512 v, long) { return v; });
-      third.drain([&](long i, long) { multiply_rows(lane, job_items[i]); });
-      fourth.drain([&](long e, long) { sum_biases(e); });
+      third.drain([&](long i) { multiply_rows(lane, job_items[i]); });
+      fourth.drain([&](long e) { sum_biases(e); });
       _mm_sfence();
     }
   }
 
   // ---- 1
 
-  void differentiate(Lane& lane, const Item& it, const Item* then) {
+  void differentiate(Lane& lane, const Item& it, const Queue& queue) {
     const long begin = expert_begin(c, it.expert);
     const Tiling tiling{expert_rows(c, it.expert)};
     if (lane.expert != it.expert || lane.first != it.first)
@@ -193,7 +187,8 @@ struct Backward {
     const Matrix<T> down = adjoint<T>(c.down, it.expert, c.d_model);
     for (long f = it.begin; f < it.end; f += PANEL) {
       const bool more = f + PANEL < it.end;
-      const Matrix<T> next = more || !then ? down : adjoint<T>(c.down, then->expert, c.d_model);
+      const Item* then = more ? nullptr : queue.probably_next(items);
+      const Matrix<T> next = !then ? down : adjoint<T>(c.down, then->expert, c.d_model);
       Ahead ahead;
       if (more || then) {
         const long at = more ? f + PANEL : then->begin;
@@ -319,15 +314,18 @@ struct Backward {
 
   void write(const JobItem& it, long i, long j, const Word* left, const Word* right, long words) {
     const Job& job = *it.job;
-    alignas(64) float sums[8 * PANEL];
-    outer<T>(left, right, words, sums);
-    for (long r = 0; r < 8 && i + r < it.end; r++) {
-      const __m512 a = _mm512_load_ps(sums + r * PANEL), b = _mm512_load_ps(sums + r * PANEL + 16);
-      const long n = job.right.width - j;
-      Element* row = (Element*)job.out[it.expert] + (i + r) * job.pitch;
-      if (job.paired) store_pairs(row + 2 * j, n < 16 ? n : 16, a, b);
-      else write32(row + j, n, a, b);
-    }
+    const long n = job.right.width - j, pitch = job.pitch, left_over = it.end - i;
+    Element* to = (Element*)job.out[it.expert] + i * pitch + (job.paired ? 2 * j : j);
+    if (job.paired)
+      outer<T>(left, right, words, [&](long r, __m512 a, __m512 b) {
+        if (r < left_over) store_pairs(to + r * pitch, n < 16 ? n : 16, a, b);
+      });
+    else if (n >= PANEL && left_over >= 8 && ((uintptr_t)to | pitch * sizeof(Element)) % 64 == 0)
+      outer<T>(left, right, words, [&](long r, __m512 a, __m512 b) { write32(to + r * pitch, a, b); });
+    else
+      outer<T>(left, right, words, [&](long r, __m512 a, __m512 b) {
+        if (r < left_over) store16(to + r * pitch, n, a), store16(to + r * pitch + 16, n - 16, b);
+      });
   }
 
   // ---- 4

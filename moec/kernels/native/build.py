@@ -105,9 +105,9 @@ def _openmp() -> tuple[str, ...]:
 
 
 def _folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # makes the folder already
+
         folder = Path(cache_dir()) / "moec"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:

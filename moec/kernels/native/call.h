@@ -99,22 +99,18 @@ inline std::vector<Item> divide(const Call& c, long columns, long row_bytes) {
   return items;
 }
 
-// Threads take the items in order, each one ahead, so that it can prefetch for it.
+// Threads take the items in order.
 class Queue {
  public:
   explicit Queue(long count) : count_(count) {}
-  long take() {
-    long i = next_.fetch_add(1, std::memory_order_relaxed);
-    return i < count_ ? i : count_;
-  }
-  long count() const { return count_; }
   template <class Do>
   void drain(Do&& work) {
-    for (long i = take(); i < count_;) {
-      long then = take();
-      work(i, then);
-      i = then;
-    }
+    for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) work(i);
+  }
+  // The item this thread will probably take after the present one, to prefetch for it; null after the last.
+  const Item* probably_next(const std::vector<Item>& items) const {
+    const long i = next_.load(std::memory_order_relaxed);
+    return i < count_ ? &items[i] : nullptr;
   }
 
  private:
@@ -158,8 +154,8 @@ void read_rows(const Call& c, Rows rows) {
 
 // How many columns of [T, columns] a thread sums at a time, in float.
 inline long sum_width(const Call& c, long columns) {
-  constexpr long CACHE = 2 << 20;
-  long width = c.threads > 1 ? columns / (4 * c.threads) : columns;
+  constexpr long CACHE = 4 << 20;
+  long width = c.threads > 1 ? columns / (2 * c.threads) : columns;
   if (c.tokens > 0 && width * c.tokens * 4 > CACHE) width = CACHE / (4 * c.tokens);
   width = width / PANEL * PANEL;
   return width < 2 * PANEL ? 2 * PANEL : width;
@@ -172,7 +168,7 @@ template <class T, class Weight, class Each>
 void sum_to_tokens(const Call& c, Rows rows, const Word* tiles, long lines, Queue& queue, long columns, void* out, float* sums,
                    Word* panel, Weight&& weight, Each&& each) {
   const long width = sum_width(c, columns);
-  queue.drain([&](long item, long) {
+  queue.drain([&](long item) {
     const long first = item * width, last = first + width < columns ? first + width : columns;
     for (long i = 0; i < c.tokens * width; i += 16) _mm512_store_ps(sums + i, _mm512_setzero_ps());
     for (long e = 0; e < c.experts; e++) {
@@ -192,17 +188,24 @@ void sum_to_tokens(const Call& c, Rows rows, const Word* tiles, long lines, Queu
           ahead.add(Columns<T>{&next, at, last - at});
           ahead.add(Columns<T>{&next, at + 16, last - at - 16});
         }
+        auto add = [&](long tile, const float* products) {
+          const long from = begin + tiling.begin(tile), size = tiling.size(tile);
+          for (long r = 0; r < size; r++) {
+            float* to = sums + rows.token[from + r] * width + n - first;
+            for (long half = 0; half < PANEL; half += 16) {
+              __m512 v = each(e, from + r, _mm512_load_ps(products + r * PANEL + half), n + half);
+              _mm512_store_ps(to + half, _mm512_add_ps(_mm512_load_ps(to + half), v));
+            }
+          }
+        };
+        auto fetch = [&](long tile) {
+          for (long r = begin + tiling.begin(tile); r < begin + tiling.begin(tile + 1); r++) {
+            const float* to = sums + rows.token[r] * width + n - first;
+            __builtin_prefetch(to, 1), __builtin_prefetch(to + 16, 1);
+          }
+        };
         product<T>(tiling, 0, tiling.count(), tiles + begin * lines * 16, lines, Columns<T>{&w, n, last - n},
-                   Columns<T>{&w, n + 16, last - n - 16}, panel, ahead, [&](long tile, const float* products) {
-                     const long from = begin + tiling.begin(tile), size = tiling.size(tile);
-                     for (long r = 0; r < size; r++) {
-                       float* to = sums + rows.token[from + r] * width + n - first;
-                       for (long half = 0; half < PANEL; half += 16) {
-                         __m512 v = each(e, from + r, _mm512_load_ps(products + r * PANEL + half), n + half);
-                         _mm512_store_ps(to + half, _mm512_add_ps(_mm512_load_ps(to + half), v));
-                       }
-                     }
-                   });
+                   Columns<T>{&w, n + 16, last - n - 16}, panel, ahead, add, fetch);
       }
     }
     for (long t = 0; t < c.tokens; t++)

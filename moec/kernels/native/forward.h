@@ -46,7 +46,7 @@ struct Forward {
     {
       Lane& lane = lanes[thread_number()];
       read_rows<T>(c, rows);
-      first.drain([&](long i, long then) { hide(lane, items[i], then < first.count() ? &items[then] : nullptr); });
+      first.drain([&](long i) { hide(lane, items[i], first); });
 #pragma omp barrier
       sum_to_tokens<T>(
           c, rows, hidden, f_lines, second, c.d_model, c.out, lane.sums, lane.panel,
@@ -67,7 +67,7 @@ struct Forward {
     return c.gated ? Columns<T>{&up, f, c.d_expert - f} : Columns<T>{&up, f + 16, c.d_expert - f - 16};
   }
 
-  void hide(Lane& lane, const Item& it, const Item* then) {
+  void hide(Lane& lane, const Item& it, const Queue& queue) {
     const long begin = expert_begin(c, it.expert);
     const Tiling tiling{expert_rows(c, it.expert)};
     if (lane.expert != it.expert || lane.first != it.first)
@@ -77,8 +77,9 @@ struct Forward {
     const long end = it.end == c.d_expert ? f_lines * T::per_line : it.end;  // hidden lines are filled up with zeros
     for (long f = it.begin; f < end; f += step()) {
       const bool more = f + step() < end;
-      const Matrix<T> next_up = more || !then ? up : matrix<T>(c.up, then->expert, c.d_model);
-      const Matrix<T> next_gate = more || !then ? gate : c.gated ? matrix<T>(c.gate, then->expert, c.d_model) : next_up;
+      const Item* then = more ? nullptr : queue.probably_next(items);
+      const Matrix<T> next_up = !then ? up : matrix<T>(c.up, then->expert, c.d_model);
+      const Matrix<T> next_gate = !then ? gate : c.gated ? matrix<T>(c.gate, then->expert, c.d_model) : next_up;
       Ahead ahead;
       if (more || then) {
         ahead.add(left(next_gate, next_up, more ? f + step() : then->begin));

@@ -15,9 +15,8 @@ namespace moec {
 
 constexpr long TILE = 12;   // rows
 constexpr long PANEL = 32;  // columns
+constexpr long LATER = 16;  // rows of k between reading and fetching
 constexpr long FEW = 8;     // rows that are not worth a panel
-
-using Word = uint32_t;
 
 // R rows as nearly equal tiles.
 struct Tiling {
@@ -127,20 +126,41 @@ void pack_along_n(Word* panel, const typename Matrix<T>::Part& p, const typename
     if (k % T::per_line == 0) ahead.step();
     const auto* row = at + k * p.k_stride;
     __m512i words = _mm512_setzero_si512();
-    if (valid >= 16 && k + T::per_word <= p.k && p.n_stride == 1) words = T::full_words(row, row + p.k_stride);
-    else if (k < p.k && valid > 0) words = T::words(row, k + 1 < p.k ? row + p.k_stride : nullptr, valid, p.n_stride);
+    if (k < p.k && valid > 0) words = T::words(row, k + 1 < p.k ? row + p.k_stride : nullptr, valid, p.n_stride);
     _mm512_store_si512(panel, words);
   }
 }
 
+// The same for 32 columns that lie side by side, all of them there. Rows are far apart: no hardware guesses the next.
 template <class T>
-void pack(Word* panel, const Columns<T>& columns, Ahead& ahead) {
-  for (int i = 0; i < columns.matrix->parts; i++) {
-    const auto& p = columns.matrix->part[i];
-    const auto* at = p.at + columns.column * p.n_stride;
-    if (p.along_k()) pack_along_k<T>(panel, p, at, columns.valid, ahead);
-    else pack_along_n<T>(panel, p, at, columns.valid, ahead);
-    panel += p.lines() * 16 * PANEL;
+void pack_whole_along_n(Word* panel, const typename Matrix<T>::Part& p, long column, Ahead& ahead) {
+  const auto* row = p.at + column;
+  long k = 0;
+  for (; k + T::per_word <= p.k; k += T::per_word, row += T::per_word * p.k_stride, panel += PANEL) {
+    if (k % T::per_line == 0) ahead.step();
+    for (long i = 0; i < T::per_word; i++) _mm_prefetch((const char*)(row + (LATER + i) * p.k_stride), _MM_HINT_T0);
+    T::full_words(panel, row, row + p.k_stride);
+  }
+  for (; k < p.lines() * T::per_line; k += T::per_word, panel += PANEL)
+    for (long half = 0; half < PANEL; half += 16)
+      _mm512_store_si512(panel + half, k < p.k ? T::words(row + half, nullptr, 16, 1) : _mm512_setzero_si512());
+}
+
+template <class T>
+void pack(Word* panel, const Columns<T>& left, const Columns<T>& right, Ahead& ahead) {
+  const bool whole = left.matrix == right.matrix && right.column == left.column + 16 && right.valid >= 16;
+  for (int i = 0; i < left.matrix->parts; i++) {
+    const long words = left.matrix->part[i].lines() * 16;
+    if (whole && !left.matrix->part[i].along_k() && left.matrix->part[i].n_stride == 1)
+      pack_whole_along_n<T>(panel, left.matrix->part[i], left.column, ahead);
+    else
+      for (const Columns<T>* half : {&left, &right}) {
+        const auto& p = half->matrix->part[i];
+        const auto* at = p.at + half->column * p.n_stride;
+        if (p.along_k()) pack_along_k<T>(panel + (half == &right) * 16, p, at, half->valid, ahead);
+        else pack_along_n<T>(panel + (half == &right) * 16, p, at, half->valid, ahead);
+      }
+    panel += words * PANEL;
   }
 }
 
@@ -244,10 +264,15 @@ void dots(long rows, const Word* tile, const Columns<T>& columns, float* out) {
   kernels[rows - 1](tile, columns, out);
 }
 
-// Tiles [first, last) of an expert's rows, beginning at `rows`, times two half panels. each(tile, sums [rows of the tile][32]).
-template <class T, class Each>
+struct Nothing {
+  void operator()(long) const {}
+};
+
+// Tiles [first, last) of an expert's rows, beginning at `rows`, times two half panels. each(tile, sums [rows of the tile][32]);
+// before(tile) comes before the multiplication, early enough to fetch what `each` will touch.
+template <class T, class Each, class Before = Nothing>
 void product(Tiling tiling, long first, long last, const Word* rows, long lines, const Columns<T>& left, const Columns<T>& right,
-             Word* panel, Ahead& ahead, Each&& each) {
+             Word* panel, Ahead& ahead, Each&& each, Before&& before = {}) {
   alignas(64) float sums[TILE * PANEL];
   if (tiling.rows <= FEW && left.contiguous() && right.contiguous()) {
     dots<T>(tiling.rows, rows, left, sums);
@@ -256,10 +281,10 @@ void product(Tiling tiling, long first, long last, const Word* rows, long lines,
     return;
   }
   ahead.spread((last - first) * lines * 4 + lines * 2);
-  pack(panel, left, ahead);
-  pack(panel + 16, right, ahead);
+  pack(panel, left, right, ahead);
   for (long tile = first; tile < last; tile++) {
     const long size = tiling.size(tile);
+    before(tile);
     multiply<T>(size, rows, panel, lines, sums, ahead);
     each(tile, sums);
     rows += size * lines * 16;

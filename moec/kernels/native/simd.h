@@ -19,6 +19,8 @@ struct fp16 {
 
 inline __mmask16 first16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 inline __mmask32 first32(long n) { return n >= 32 ? 0xffffffff : n <= 0 ? 0 : (1u << n) - 1; }
+using Word = uint32_t;
+
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
 inline __m512 widen(__m256i bf16_bits) {
@@ -69,7 +71,11 @@ struct Float32 {
   static __m512i line(const float* p, long n, long step) { return _mm512_castps_si512(load16(p, n, step)); }
   // Words of 16 columns from the rows of one word: here one row.
   static __m512i words(const float* a, const float*, long n, long step) { return _mm512_castps_si512(load16(a, n, step)); }
-  static __m512i full_words(const float* a, const float*) { return _mm512_loadu_si512(a); }
+  // The same of 32 columns.
+  static void full_words(Word* to, const float* a, const float*) {
+    _mm512_store_si512(to, full_line(a));
+    _mm512_store_si512(to + 16, full_line(a + 16));
+  }
   static void keep(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 };
 
@@ -79,8 +85,10 @@ struct Float16 : Float32 {
     return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
   }
   static __m512i line(const fp16* p, long n, long step) { return _mm512_castps_si512(load16(p, n, step)); }
-  static __m512i full_words(const fp16* a, const fp16*) { return full_line(a); }
-  static __m512i full_words(const float* a, const float*) { return _mm512_loadu_si512(a); }
+  static void full_words(Word* to, const fp16* a, const fp16*) {
+    _mm512_store_si512(to, full_line(a));
+    _mm512_store_si512(to + 16, full_line(a + 16));
+  }
   static __m512i words(const fp16* a, const fp16*, long n, long step) { return _mm512_castps_si512(load16(a, n, step)); }
   static __m512i words(const float* a, const float*, long n, long step) { return Float32::words(a, a, n, step); }
 };
@@ -107,11 +115,13 @@ struct BFloat16 {
     __m256i high = b ? _mm256_maskz_loadu_epi16(first16(n), b) : _mm256_setzero_si256();
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
-  static __m512i full_words(const bf16* a, const bf16* b) {
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
-                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a));
-    return _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i*)b), 1));
+  static void full_words(Word* to, const bf16* a, const bf16* b) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                         35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(first, low, second));
+    _mm512_store_si512(to + 16, _mm512_permutex2var_epi16(first, high, second));
   }
   static void keep(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
 };
