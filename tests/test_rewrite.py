@@ -49,7 +49,7 @@ def test_graph_of_dynamo(idiom: str) -> None:
     assert [s.status for s in sites] == ["rewritten"]
     assert (text(gm), gm.code) == (before, code), "the graph that was given is not changed"
     assert not moec_ops(gm)
-    assert moec_ops(new) >= {"route", "dispatch", "grouped_linear", "combine"}
+    assert moec_ops(new) in ({"route", "experts"}, {"route", "dispatch", "grouped_linear", "combine"})
     new.graph.lint()
     got = new(*inputs)[0]
     if dtype == torch.float64:
@@ -79,7 +79,7 @@ def test_graph_of_export(idiom: str, form: str) -> None:
     assert [s.status if s.reason is None else s.reason for s in sites] == ["rewritten"]
     assert text(gm) == before
     assert list(new.state_dict()) == keys
-    assert moec_ops(new) >= {"route", "dispatch", "grouped_linear", "combine"}
+    assert moec_ops(new) in ({"route", "experts"}, {"route", "dispatch", "grouped_linear", "combine"})
     if form != "graph_module":  # which takes its parameters as inputs
         tight = dtype == torch.float32
         for seed in (1, 2):

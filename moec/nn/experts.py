@@ -4,7 +4,8 @@
     gated    down(act(gate(x)) * up(x))              up_proj.weight [E, 2F, D], gate in the first F rows
 
 Weights lie as `nn.Linear` keeps them, out before in. Each is read in the forward of the module that owns it and nowhere else, so
-that whatever reparametrizes a module while it runs (LoRA on `target_parameters`) sees all uses.
+that whatever reparametrizes a module while it runs (LoRA on `target_parameters`) sees all uses. On CPU the whole layer, from the
+tokens to their sums, is one op, `moec::experts`; elsewhere the activation stays outside the products, for Inductor to fuse.
 
 Shape letters: S rows, E experts, D model width, F expert width.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +64,20 @@ class Body:
     dtype: torch.dtype | None = None
 
 
+class Slots(NamedTuple):
+    """Where the rows of the slots lie (see `moec::route`), and what each is multiplied with, [S] in the order of slots."""
+
+    order: Tensor
+    inverse: Tensor
+    weights: Tensor
+    top_k: int
+
+
 class GroupedLinear(nn.Module):
     """E linear maps in one stack: rows [S, D] sorted by expert, offsets [E] (where each expert's rows end) -> [S, F].
 
     Row by row what `nn.Linear` of the row's expert gives, under autocast in its dtype; zeros past the last offset.
-    weight [E, F, D], bias [E, F] or None.
+    weight [E, F, D], bias [E, F] or None. Called without offsets it hands these out: (weight, [bias] or []).
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, body: Body) -> None:
@@ -83,8 +94,10 @@ class GroupedLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, rows_SD: Tensor, offsets_E: Tensor) -> Tensor:
-        biases = [] if self.bias is None else [self.bias]
+    def forward(self, rows_SD: Tensor, offsets_E: Tensor | None = None) -> Tensor | tuple[Tensor, list[Tensor]]:
+        biases: list[Tensor] = [] if self.bias is None else [self.bias]
+        if offsets_E is None:  # the parameters, read here as for a product
+            return self.weight, biases
         out: Tensor = ops.grouped_linear(rows_SD, [self.weight], biases, offsets_E, False, autocast_dtype(rows_SD))
         return out
 
@@ -110,12 +123,28 @@ class Experts(nn.Module):
         self.up_proj.reset_parameters(init, self.up_proj.weight.shape[2], scale)
         self.down_proj.reset_parameters(init, active_width, scale)
 
-    def forward(self, rows_SD: Tensor, offsets_E: Tensor) -> Tensor:
+    def forward(self, rows_SD: Tensor, offsets_E: Tensor, slots: Slots | None = None) -> Tensor:
+        """With `slots` x is [T, D], and the result is the sum over each token's slots, [T, D]."""
+        if slots is not None:
+            return self._whole(rows_SD, offsets_E, slots)
         h = self.up_proj(rows_SD, offsets_E)
         if not self.body.gated:
             return self.down_proj(self.act(h), offsets_E)
         gate, up = h.chunk(2, dim=-1)
         return self.down_proj(self.act(gate) * up, offsets_E)
+
+    def takes_tokens(self, x: Tensor) -> bool:
+        """Whether `forward` with slots can be asked for: on CPU, where autocast is off."""
+        return x.device.type == "cpu" and autocast_dtype(x) is None
+
+    def _whole(self, x_TD: Tensor, offsets_E: Tensor, slots: Slots) -> Tensor:
+        (up, up_bias), (down, down_bias) = self.up_proj(x_TD), self.down_proj(x_TD)
+        routing = (slots.order, slots.inverse, offsets_E)
+        kind = (slots.top_k, self.body.activation, "halves" if self.body.gated else "none", False, False)
+        out: Tensor = ops.experts(
+            x_TD, *routing, slots.weights, [], [up], [down], [], up_bias, down_bias, *kind, x_TD.dtype
+        )
+        return out
 
     def extra_repr(self) -> str:
         return self.body.activation + (", gated" if self.body.gated else "")

@@ -11,7 +11,7 @@ rows of dropped slots count as well, though no kernel computes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -33,9 +33,30 @@ def grouped_outer_flops(left: Shape, right: Shape, *args: object, **kwargs: obje
     return 2 * left[0] * left[1] * right[1]
 
 
+def experts_forward_flops(
+    x: Shape, order: Shape, inverse: Shape, offsets: Shape, scale: Shape | None, *args: object, **kwargs: object
+) -> int:
+    """order [S], weights for each expert [F, D] -> 2*S times the elements of all weights of one expert."""
+    weights: list[Sequence[Shape]] = [group for group in args[:3] if group]  # type: ignore[misc]
+    return 2 * order[0] * sum(math.prod(group[0][-2:]) for group in weights)
+
+
+def experts_backward_flops(grad: Shape, pre: Shape, x: Shape, order: Shape, *args: object, **kwargs: object) -> int:
+    """Each product has two gradients. What is not wanted is counted all the same."""
+    return 2 * experts_forward_flops(x, order, *args, **kwargs)  # type: ignore[arg-type]
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "grouped_linear": grouped_linear_flops,
+    "grouped_outer": grouped_outer_flops,
+    "experts_forward": experts_forward_flops,
+    "experts_backward": experts_backward_flops,
+}
+
+
 def register() -> None:
     """Tell torch's counter, unless it knows already."""
-    for op, formula in (("grouped_linear", grouped_linear_flops), ("grouped_outer", grouped_outer_flops)):
+    for op, formula in FORMULAS.items():
         target = getattr(torch.ops.moec, op)
         if target not in flop_registry:
             register_flop_formula(target)(formula)

@@ -13,7 +13,6 @@ Shape letters: T tokens, K top-k, S slots, E experts, C slots of one expert, D m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,9 @@ from torch.nn import functional as F
 
 import moec.kernels  # noqa: F401  (defines the ops, with fast kernels)
 
-ops = torch.ops.moec
+from .experts import Experts, Slots
 
-Rows = Callable[[Tensor, Tensor], Tensor]  # (rows [S, D] sorted by expert, offsets [E]) -> [S, D]
+ops = torch.ops.moec
 
 
 class TokenRouting(NamedTuple):
@@ -53,7 +52,7 @@ class ExpertRouting(NamedTuple):
 Routing = TokenRouting | ExpertRouting
 
 
-def routed_sum(x_TD: Tensor, routing: Routing, experts: Rows) -> Tensor:
+def routed_sum(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """x [T, D] -> [T, D]: every slot's token through its expert, times the slot's weight in the dtype of x, summed per token.
 
     Dropped slots add nothing and have no gradient; a token without slots gets zeros.
@@ -63,16 +62,20 @@ def routed_sum(x_TD: Tensor, routing: Routing, experts: Rows) -> Tensor:
     return _by_expert(x_TD, routing, experts)
 
 
-def _by_token(x_TD: Tensor, routing: TokenRouting, experts: Rows) -> Tensor:
+def _by_token(x_TD: Tensor, routing: TokenRouting, experts: Experts) -> Tensor:
     top_k = routing.ids.shape[1]
     order, inverse, offsets = ops.route(routing.ids, routing.logits.shape[1])
+    if experts.takes_tokens(x_TD):
+        slots = Slots(order, inverse, routing.weights.to(x_TD.dtype).reshape(-1), top_k)
+        summed: Tensor = experts(x_TD, offsets, slots)
+        return summed
     y_SD = experts(ops.dispatch(x_TD, order, inverse, offsets, top_k), offsets)
     weights_S = ops.dispatch(routing.weights.to(x_TD.dtype).reshape(-1), order, inverse, offsets, 1)
     out: Tensor = ops.combine(y_SD * weights_S.unsqueeze(-1), order, inverse, offsets, top_k)
     return out
 
 
-def _by_expert(x_TD: Tensor, routing: ExpertRouting, experts: Rows) -> Tensor:
+def _by_expert(x_TD: Tensor, routing: ExpertRouting, experts: Experts) -> Tensor:
     num_experts, slots = routing.tokens.shape
     offsets = torch.arange(1, num_experts + 1, device=x_TD.device) * slots
     weights_S1 = routing.weights.to(x_TD.dtype).reshape(-1, 1)
