@@ -4,8 +4,9 @@
     gated    down(act(gate(x)) * up(x))              up_proj.weight [E, 2F, D], gate in the first F rows
 
 Weights lie as `nn.Linear` keeps them, out before in. Each is read in the forward of the module that owns it and nowhere else, so
-that whatever reparametrizes a module while it runs (LoRA on `target_parameters`) sees all uses. On CPU the whole layer, from the
-tokens to their sums, is one op, `moec::experts`; elsewhere the activation stays outside the products, for Inductor to fuse.
+that whatever reparametrizes a module while it runs (LoRA on `target_parameters`) sees all uses; where nothing does, on CPU, the
+whole layer from the tokens to their sums is one op, `moec::experts`. Elsewhere the activation stays outside the products, for
+Inductor to fuse.
 
 Shape letters: S rows, E experts, D model width, F expert width.
 """
@@ -64,6 +65,9 @@ class Body:
     dtype: torch.dtype | None = None
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class Slots(NamedTuple):
     """Where the rows of the slots lie (see `moec::route`), and what each is multiplied with, [S] in the order of slots."""
 
@@ -77,7 +81,7 @@ class GroupedLinear(nn.Module):
     """E linear maps in one stack: rows [S, D] sorted by expert, offsets [E] (where each expert's rows end) -> [S, F].
 
     Row by row what `nn.Linear` of the row's expert gives, under autocast in its dtype; zeros past the last offset.
-    weight [E, F, D], bias [E, F] or None. Called without offsets it hands these out: (weight, [bias] or []).
+    weight [E, F, D], bias [E, F] or None.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, body: Body) -> None:
@@ -94,10 +98,8 @@ class GroupedLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, rows_SD: Tensor, offsets_E: Tensor | None = None) -> Tensor | tuple[Tensor, list[Tensor]]:
-        biases: list[Tensor] = [] if self.bias is None else [self.bias]
-        if offsets_E is None:  # the parameters, read here as for a product
-            return self.weight, biases
+    def forward(self, rows_SD: Tensor, offsets_E: Tensor) -> Tensor:
+        biases = [] if self.bias is None else [self.bias]
         out: Tensor = ops.grouped_linear(rows_SD, [self.weight], biases, offsets_E, False, autocast_dtype(rows_SD))
         return out
 
@@ -134,16 +136,19 @@ class Experts(nn.Module):
         return self.down_proj(self.act(gate) * up, offsets_E)
 
     def takes_tokens(self, x: Tensor) -> bool:
-        """Whether `forward` with slots can be asked for: on CPU, where autocast is off."""
-        return x.device.type == "cpu" and autocast_dtype(x) is None
+        """Whether `forward` with slots can be asked for: on CPU, without autocast, as long as nobody has wrapped, parametrized,
+        sharded or hooked the products, who would want them to run.
+        """
+        plain = all(type(m) is GroupedLinear and not any(map(m.__dict__.get, _HOOKS)) for m in self.children())
+        return plain and x.device.type == "cpu" and autocast_dtype(x) is None
 
     def _whole(self, x_TD: Tensor, offsets_E: Tensor, slots: Slots) -> Tensor:
-        (up, up_bias), (down, down_bias) = self.up_proj(x_TD), self.down_proj(x_TD)
+        up, down = self.up_proj, self.down_proj
+        weights: tuple[list[Tensor], ...] = ([], [up.weight], [down.weight])
+        biases: list[list[Tensor]] = [[], *([] if m.bias is None else [m.bias] for m in (up, down))]
         routing = (slots.order, slots.inverse, offsets_E)
         kind = (slots.top_k, self.body.activation, "halves" if self.body.gated else "none", False, False)
-        out: Tensor = ops.experts(
-            x_TD, *routing, slots.weights, [], [up], [down], [], up_bias, down_bias, *kind, x_TD.dtype
-        )
+        out: Tensor = ops.experts(x_TD, *routing, slots.weights, *weights, *biases, *kind, x_TD.dtype)
         return out
 
     def extra_repr(self) -> str:
