@@ -1,0 +1,39 @@
+"""What the backend does with graphs of a parallelized model: dispatch and combine around each layer, or an error that says why not."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+
+from moec.errors import ParallelError
+from moec.passes import exchange
+from moec.pipeline import Result
+
+
+class NotSpread(ParallelError, ShortenTraceback):
+    """A ParallelError that Dynamo hands to the user as it is, although a backend raises it."""
+
+
+def spread(result: Result) -> bool:
+    """Writes the exchange of tokens into all graphs of a result. Whether there was any.
+
+    Raises ParallelError where sharded weights are read by anything but a rewritten layer: there is no way to run that.
+    """
+    if not exchange.markers(result.gm):
+        return False
+    layouts = []
+    try:
+        for gm in [m for m in result.gm.modules() if isinstance(m, fx.GraphModule)]:
+            layouts += exchange.spread(gm)
+    except ParallelError as error:
+        raise NotSpread(str(error)) from error
+    if left := exchange.markers(result.gm):
+        names = ", ".join(sorted({exchange.layout_of(m).name for m in left}))
+        refused = [f"{s.idiom}: {s.reason}" for s in result.sites if s.status == "refused"]
+        why = "; ".join(dict.fromkeys(refused)) or "they are read outside their layer, or moec is switched off"
+        raise NotSpread(f"the experts of {names} are spread over ranks, but their layer was not rewritten: {why}")
+    rewritten = [s for s in result.sites if s.status == "rewritten"]
+    for site, layout in zip(rewritten, layouts):
+        if len(rewritten) == len(layouts):
+            site.strategy = f"{site.strategy}, {layout.dispatcher.name} over {layout.place.ranks} ranks"
+    return True

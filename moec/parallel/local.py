@@ -1,0 +1,113 @@
+"""What one rank keeps of a layer: its own experts, under the old names.
+
+    module.gate_up_proj            the Parameter that it was, now [slots of this rank, ...]
+    expert.up_proj.weight          an expert in one of this rank's slots: as it was; else a Parameter of the old shape without memory
+
+While moec traces, reading such an attribute gives `moec::logical(local, ...)` [E, ...] or `moec::resident(local, ...)`: the graph is
+that of the whole model, and says what is sharded. A property of the module's class does that, as in torch's own
+parametrizations; so the class is a subclass of the module's own, of the same name. In eager code the attribute is the Parameter,
+and calling the module raises.
+
+A remote expert's Parameter is one NaN seen at every index (stride 0): reading it is safe and shows, writing to it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import moec.ops.exchange  # noqa: F401  (defines the markers)
+from moec.errors import ParallelError
+
+TABLES = "_moec_tables"  # the attribute of every module that owns sharded parameters
+ops = torch.ops.moec
+
+
+class Tables(nn.Module):
+    """What the graph reads of the plan of one layer; another plan of equal shape is copied in place.
+
+    copies [E, C]  the slots of each expert, padded with -1
+    """
+
+    copies: Tensor
+
+    def __init__(self, copies: np.ndarray, site: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("copies", torch.from_numpy(copies).to(device), persistent=False)
+        self.site = site
+        self.num_experts = len(copies)
+        self.epoch = 0  # separate experts: the compiled code holds which of them are here, and this number
+
+    def forward(self) -> None:
+        raise NotImplementedError
+
+
+def copies_of(slots: np.ndarray, num_experts: int, width: int) -> np.ndarray:
+    """[E, width] int64: the slots of each expert in order, padded with -1. `slots` [S]: the expert in each, -1 for none."""
+    found = np.full((num_experts, width), -1, dtype=np.int64)
+    for e in range(num_experts):
+        (held,) = np.nonzero(slots == e)
+        found[e, : len(held)] = held
+    return found
+
+
+def shard(module: nn.Module, names: Sequence[str], tables: Tables, stacked: bool) -> None:
+    """From now on the module reads these of its own parameters as sharded."""
+    cls = type(module)
+    properties = {name: _sharded(name, stacked) for name in names}
+    body = {**properties, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    module.__class__ = type(cls.__name__, (cls,), body)
+    vars(module)[TABLES] = tables  # not a child: the tables are registered once, with the module that holds the layer
+    module.register_forward_pre_hook(_only_compiled)
+
+
+def _sharded(name: str, stacked: bool) -> property:
+    marker = ops.logical.default if stacked else ops.resident.default
+
+    def read(self: nn.Module) -> object:
+        local = self._parameters[name]
+        if not torch.compiler.is_dynamo_compiling():
+            return local
+        tables = self._moec_tables
+        if not stacked and tables.epoch < 0:
+            return local
+        return marker(local, tables.copies, tables.num_experts, tables.site)
+
+    def write(self: nn.Module, new: object) -> None:
+        if new is not None and not isinstance(new, nn.Parameter):
+            raise TypeError(f"{name} is a parameter; assign a torch.nn.Parameter")
+        self._parameters[name] = new
+
+    return property(read, write)
+
+
+def _only_compiled(module: nn.Module, args: object) -> None:
+    if not torch.compiler.is_dynamo_compiling():
+        raise ParallelError(
+            f"the experts of {type(module).__name__} are spread over ranks (moec.parallelize), and this call is not compiled: use "
+            'torch.compile(model, backend="moec"). If it was, the code around this layer ran without being traced'
+        )
+
+
+@torch.no_grad()
+def keep(parameter: nn.Parameter, experts: Sequence[int]) -> None:
+    """Of a stack [E, ...], the experts in this rank's slots; an empty slot, -1, holds zeros."""
+    local = parameter.new_zeros((len(experts), *parameter.shape[1:]))
+    for slot, e in enumerate(experts):
+        if e >= 0:
+            local[slot] = parameter[e]
+    parameter.data = local
+
+
+@torch.no_grad()
+def drop(parameter: nn.Parameter) -> None:
+    """A parameter of the same shape without memory of its own."""
+    parameter.data = parameter.new_full((), float("nan")).expand(parameter.shape)
+
+
+def dropped(parameter: Tensor) -> bool:
+    """Whether `drop` was called on the parameter."""
+    return parameter.dim() > 0 and all(s == 0 for s in parameter.stride()) and parameter.numel() > 1
