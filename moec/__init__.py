@@ -17,6 +17,7 @@ _PUBLIC = {
     "granularity_of": "moec.granularity",
     "declare": "moec.declaration",
     "parallelize": "moec.parallel",
+    "rebalance": "moec.parallel",
 }
 _SUBMODULES = ("nn", "ops", "parallel", "placement", "scaling")
 

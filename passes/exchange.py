@@ -48,7 +48,9 @@ class Layout:
     num_experts: int
     place: Place
     dispatcher: Dispatcher
-    experts: tuple[int, ...] = ()  # separate parameters: the expert in each slot of this rank, -1 for none
+    spare: int = 0  # slots beyond one for each expert: at most so many experts have copies
+    experts: tuple[int, ...] = ()  # the expert in each slot of this rank, -1 for none; the graph depends on it if weights are separate
+    copied: tuple[int, ...] = ()  # separate weights: for each slot of this rank, the how-manieth expert with copies it holds, or `spare`
 
 
 _layouts: dict[int, Layout] = {}
@@ -165,7 +167,7 @@ def spread(gm: fx.GraphModule) -> list[Layout]:
     shared: dict[object, fx.Node] = {}
     done: list[Layout] = []
     for layer in layers(gm.graph):
-        sites = {int(m.args[3]) for p in layer.products for m in _markers(p)}  # type: ignore[arg-type]
+        sites = {int(m.args[4]) for p in layer.products for m in _markers(p)}  # type: ignore[arg-type]
         if sites:
             done.append(_Spread(gm.graph, layer, sites, shared).run())
     for node in reversed(list(gm.graph.nodes)):  # markers that nothing reads any more, and views of them
@@ -184,7 +186,7 @@ def markers(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def layout_of(marker: fx.Node) -> Layout:
-    return _layouts[int(marker.args[3])]  # type: ignore[arg-type]
+    return _layouts[int(marker.args[4])]  # type: ignore[arg-type]
 
 
 def _markers(product: fx.Node) -> list[fx.Node]:
@@ -348,11 +350,20 @@ class _Spread:
     def _replayed(self, w: fx.Node) -> fx.Node:
         """The chain of views from the marker on, on what the marker marks."""
         if w.target in MARKERS:
-            return w.args[0]  # type: ignore[return-value]
+            return self._own(w)
         source = w.all_input_nodes[0]
         new = self.graph.node_copy(w, lambda n: self._replayed(n) if n is source else n)
         self._propagate(new)
         return new
+
+    def _own(self, marker: fx.Node) -> fx.Node:
+        """What a marker marks; where experts have copies, the copies' gradients are summed on the way back."""
+        local, _, shared = marker.args[:3]
+        if not self.layout.spare or marker.target is not OPS.logical.default:
+            return local  # type: ignore[return-value]
+        if (key := (local, -1)) not in self.brought:
+            self.brought[key] = self.write(collectives.share_gradients, local, shared, self.layout.spare, self.layout.place.group)  # type: ignore[index]
+        return self.brought[key]  # type: ignore[index]
 
     def _again(self, node: fx.Node) -> fx.Node:
         """A row-wise operation, on the rows that came here."""

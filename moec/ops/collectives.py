@@ -68,6 +68,33 @@ class _Swap(torch.autograd.Function):
         return swap_rows(grad, ctx.sent, ctx.received, ctx.group), None, None, None
 
 
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shared: Tensor, spare: int, group: str) -> Tensor:
+        ctx.save_for_backward(shared)
+        ctx.spare, ctx.group = spare, group
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (shared,) = ctx.saved_tensors
+        wide = grad.to(accumulation_dtype(grad.dtype))
+        mine = wide.new_zeros((ctx.spare + 1, *grad.shape[1:])).index_copy(0, shared, wide)[: ctx.spare]
+        total = _ops.wait_tensor(_ops.all_reduce(mine.contiguous(), "sum", ctx.group))
+        copied = shared < ctx.spare
+        summed = total.index_select(0, torch.where(copied, shared, 0))
+        return torch.where(copied.view(-1, *[1] * (grad.dim() - 1)), summed, wide).to(grad.dtype), None, None, None
+
+
+def share_gradients(local: Tensor, shared: Tensor, spare: int, group: str) -> Tensor:
+    """local [n, ...], the experts of this rank, as it is; on the way back the gradients of an expert's copies are summed over the
+    ranks that hold them, so that copies stay equal.
+
+    shared [n]: the number, below `spare`, that all ranks give to an expert with copies; `spare` for an expert that is here alone.
+    """
+    return _Share.apply(local, shared, spare, group)
+
+
 def gather_rows(x: Tensor, rows: IntLikeType, ranks: int, group: str, fill: int = 0) -> Tensor:
     """x [T, ...] -> [R * rows, ...]: the rows of rank r from r * rows on, `fill` below them; `rows` is equal on all ranks."""
     return _Gather.apply(x, rows, fill, ranks, group)

@@ -1,10 +1,10 @@
 """The ops of expert parallelism: what is local to one rank. Collectives are in `collectives`.
 
-    logical(local, copies, E, site)      a marker: the stack [E, ...] of which this rank holds only `local`
-    resident(local, copies, E, site)     a marker: one expert's tensor, which this rank may or may not hold
-    assign(topk_ids, copies, first)      expert ids [T, K] -> slots [T, K] of the plan
-    visits(slots, slots_per_rank, ranks) -> [T, R]: r where the token has a slot on rank r, R elsewhere
-    pad_rows(x, rows, fill)              [T, ...] -> [rows, ...];   trim_rows(x, rows) is its adjoint
+    logical(local, copies, shared, E, site)   a marker: the stack [E, ...] of which this rank holds only `local`
+    resident(local, copies, shared, E, site)  a marker: one expert's tensor, which this rank may or may not hold
+    assign(topk_ids, copies, first)           expert ids [T, K] -> slots [T, K] of the plan
+    visits(slots, slots_per_rank, ranks)      -> [T, R]: r where the token has a slot on rank r, R elsewhere
+    pad_rows(x, rows, fill)                   [T, ...] -> [rows, ...];   trim_rows(x, rows) is its adjoint
 
 The markers exist so that a graph says which of its values are sharded: `passes.exchange` takes them out, and a run that meets one
 stops. `pad_rows` and `trim_rows` are opaque on purpose: their sizes are compared by nobody while tracing.
@@ -25,8 +25,8 @@ from moec.errors import MoecError
 from .schema import LIBRARY
 
 SCHEMAS = {
-    "logical": "(Tensor local, Tensor copies, int num_experts, int site) -> Tensor",
-    "resident": "(Tensor local, Tensor copies, int num_experts, int site) -> Tensor",
+    "logical": "(Tensor local, Tensor copies, Tensor shared, int num_experts, int site) -> Tensor",
+    "resident": "(Tensor local, Tensor copies, Tensor shared, int num_experts, int site) -> Tensor",
     "assign": "(Tensor topk_ids, Tensor copies, int first) -> Tensor",
     "visits": "(Tensor slots, int slots_per_rank, int ranks) -> Tensor",
     "pad_rows": "(Tensor x, SymInt rows, int fill=0) -> Tensor",
@@ -34,10 +34,10 @@ SCHEMAS = {
 }
 
 
-def _stop(local: Tensor, copies: Tensor, num_experts: int, site: int) -> NoReturn:
+def _stop(local: Tensor, copies: Tensor, shared: Tensor, num_experts: int, site: int) -> NoReturn:
     raise MoecError(
-        "the experts of this model are spread over ranks (moec.parallelize), and this run is not moec's: call it through "
-        'torch.compile(model, backend="moec")'
+        "the experts of this model are spread over ranks (moec.parallelize), and this run is not moec's: "
+        'call it through torch.compile(model, backend="moec")'
     )
 
 
@@ -82,11 +82,11 @@ def trim_rows(x: Tensor, rows: int) -> Tensor:
     return x[:rows].clone()
 
 
-def _fake_logical(local: Tensor, copies: Tensor, num_experts: int, site: int) -> Tensor:
+def _fake_logical(local: Tensor, copies: Tensor, shared: Tensor, num_experts: int, site: int) -> Tensor:
     return local.new_empty((num_experts, *local.shape[1:]))
 
 
-def _fake_resident(local: Tensor, copies: Tensor, num_experts: int, site: int) -> Tensor:
+def _fake_resident(local: Tensor, copies: Tensor, shared: Tensor, num_experts: int, site: int) -> Tensor:
     return local.new_empty(local.shape)
 
 

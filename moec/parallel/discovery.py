@@ -47,13 +47,13 @@ def find(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] 
     """The layers whose experts can be spread over ranks, in order. Raises ParallelError where one cannot, or where there are none."""
     if not args and kwargs is None:
         kwargs = _example(model)
+    capture.install()
     shadow = _shadow(model)
     stub = _Stub(shadow)
-    inputs = torch.utils._pytree.tree_map(_to_meta, (tuple(args), dict(kwargs or {})))
     fault: Exception | None = None
     try:
         with capture.promises.listening():
-            torch.compile(shadow, backend=stub)(*inputs[0], **inputs[1])
+            torch.compile(shadow, backend=stub)(*args, **(kwargs or {}))
     except Exception as error:  # after a refusal the rest may well fail, without data
         fault = error
     refused = list(dict.fromkeys(stub.refused))
@@ -83,21 +83,39 @@ def _example(model: nn.Module) -> dict[str, object]:
     )
 
 
-def _to_meta(leaf: object) -> object:
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
-
-
 def _shadow(model: nn.Module) -> nn.Module:
-    """A copy of the model without data: every tensor that a module holds lies on the meta device."""
+    """A copy of the model whose parameters have no memory of their own: one zero, seen at every index. (On the meta device some
+    models cannot be traced.)
+    """
     memo: dict[int, object] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, nn.Parameter):
-                memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
-            elif isinstance(tensor, Tensor):
-                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(_nothing(p.shape, p), p.requires_grad)
     shadow: nn.Module = copy.deepcopy(model, memo)
     return shadow
+
+
+def _nothing(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(tuple(shape))
+
+
+def _pretend(gm: fx.GraphModule) -> Callable[..., object]:
+    """In the place of a compiled graph: its outputs, as zeros without memory."""
+    outputs = [value(n) if isinstance(n, fx.Node) else n for n in gm.graph.find_nodes(op="output")[0].args[0]]
+
+    def size(s: object) -> int:
+        return s if isinstance(s, int) else int(getattr(getattr(s, "node", None), "hint", None) or 1)
+
+    def run(*inputs: object) -> list[object]:
+        return [
+            _nothing([size(s) for s in v.shape], torch.empty((), dtype=v.dtype, device=v.device))
+            if isinstance(v, Tensor)
+            else size(v)
+            if isinstance(v, torch.SymInt)
+            else v
+            for v in outputs
+        ]
+
+    return run
 
 
 @dataclass(eq=False)
@@ -125,7 +143,7 @@ class _Stub:
                 f"tracing assumed that every expert has tokens, and no layer explains it: {sorted(left)}"
             )
         self._read(result.gm, example_inputs, result.sites)
-        return result.gm.forward
+        return _pretend(gm)
 
     def _read(self, gm: fx.GraphModule, example_inputs: Sequence[object], sites: list[Site]) -> None:
         names: dict[int, str] = {}

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from moec.placement import PlacementError, Plan, Topology
 
 from . import local
 from .discovery import Found, find
+
+P = TypeVar("P")
 
 STATE = "_moec_parallel"  # the attribute of a model that holds its State
 
@@ -46,6 +49,12 @@ class Sharded:
         """The experts in the slots of a rank."""
         held: list[int] = self.slots.reshape(ranks, -1)[rank].tolist()
         return held
+
+    def refresh(self, rank: int, ranks: int) -> None:
+        """Writes the plan into the tables that the graph reads."""
+        width = self.tables.copies.shape[1]
+        self.tables.copies.copy_(torch.from_numpy(local.copies_of(self.slots, self.found.num_experts, width)))
+        self.tables.shared.copy_(torch.from_numpy(local.shared_of(self.slots, self.found.num_experts, rank, ranks)))
 
 
 @dataclass(eq=False)
@@ -122,7 +131,10 @@ def parallelize(
     Every rank must hold the same weights and call this with the same arguments. Raises ParallelError, on every rank and before
     anything is changed, where a layer of experts is not recognized, where mesh or plan do not fit, or where ranks differ.
     """
-    state, report = _agreed(mesh, lambda: _prepare(model, mesh, plan, args, kwargs, dispatcher, topology, tokens))
+    _check_mesh(mesh)
+    state, report = agreed(
+        mesh, lambda: _prepare(model, mesh, plan, args, kwargs, dispatcher, topology, tokens), lambda found: _digest(found[0])
+    )
     before = [_bytes(model, layer.found) for layer in state.layers]
     for layer in state.layers:
         _shard(model, layer, state)
@@ -141,8 +153,7 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def _agreed(mesh: DeviceMesh, prepare):  # type: ignore[no-untyped-def]
-    """What `prepare` returns, if it succeeds on all ranks and they found the same; else an error on all of them."""
+def _check_mesh(mesh: object) -> None:
     if not isinstance(mesh, DeviceMesh):
         raise ParallelError(
             f"mesh is a DeviceMesh of one dimension, not {type(mesh).__name__}: "
@@ -156,17 +167,22 @@ def _agreed(mesh: DeviceMesh, prepare):  # type: ignore[no-untyped-def]
         )
     if mesh.get_coordinate() is None:
         raise ParallelError("this rank is not part of the mesh")
-    group = mesh.get_group()
+
+
+def agreed(mesh: DeviceMesh, prepare: Callable[[], P], describe: Callable[[P], str]) -> P:
+    """What `prepare` returns, if it succeeds on all ranks and they found the same by their descriptions; else an error on all."""
+    found: P | None = None
     error: Exception | None = None
     try:
-        state, report = prepare()
-        told = _digest(state)
+        found = prepare()
+        told = describe(found)
     except Exception as fault:
         error, told = fault, f"!{type(fault).__name__}: {fault}"
     everyone: list[str] = [""] * mesh.size()
-    dist.all_gather_object(everyone, told, group=group)
+    dist.all_gather_object(everyone, told, group=mesh.get_group())
     if error is not None:
         raise error
+    assert found is not None
     for rank, other in enumerate(everyone):
         if other.startswith("!"):
             raise ParallelError(f"rank {rank} of the mesh failed: {other[1:]}")
@@ -175,7 +191,7 @@ def _agreed(mesh: DeviceMesh, prepare):  # type: ignore[no-untyped-def]
             raise ParallelError(
                 f"ranks 0 and {rank} of the mesh differ in their models, plans or arguments; pass the same on all ranks"
             )
-    return state, report
+    return found
 
 
 def _digest(state: State) -> str:
@@ -211,9 +227,11 @@ def _prepare(
         per_rank = len(row) // ranks
         held = tuple(row.reshape(ranks, -1)[rank].tolist())
         place = Place(rank, ranks, per_rank, group)
-        site = exchange.register(exchange.Layout(layer.name, layer.num_experts, place, chosen, held))
-        width = min(ranks, len(row) - layer.num_experts + 1)
-        tables = local.Tables(local.copies_of(row, layer.num_experts, width), site, _device(first, mesh))
+        spare = len(row) - layer.num_experts
+        site = exchange.register(exchange.Layout(layer.name, layer.num_experts, place, chosen, spare, held))
+        copies = local.copies_of(row, layer.num_experts, min(ranks, spare + 1))
+        shared = local.shared_of(row, layer.num_experts, rank, ranks)
+        tables = local.Tables(copies, shared, site, _device(first, mesh))
         layers.append(Sharded(layer, row, site, tables))
         report.append((layer.name, layer.num_experts, sum(e >= 0 for e in held), chosen.name, chosen.sent(traffic)))
     return State(mesh, layers, plan), report

@@ -30,13 +30,16 @@ class Tables(nn.Module):
     """What the graph reads of the plan of one layer; another plan of equal shape is copied in place.
 
     copies [E, C]  the slots of each expert, padded with -1
+    shared [n]     for each slot of this rank the how-manieth expert with several copies it holds; S - E for all others
     """
 
     copies: Tensor
+    shared: Tensor
 
-    def __init__(self, copies: np.ndarray, site: int, device: torch.device) -> None:
+    def __init__(self, copies: np.ndarray, shared: np.ndarray, site: int, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("copies", torch.from_numpy(copies).to(device), persistent=False)
+        self.register_buffer("shared", torch.from_numpy(shared).to(device), persistent=False)
         self.site = site
         self.num_experts = len(copies)
         self.epoch = 0  # separate experts: the compiled code holds which of them are here, and this number
@@ -52,6 +55,14 @@ def copies_of(slots: np.ndarray, num_experts: int, width: int) -> np.ndarray:
         (held,) = np.nonzero(slots == e)
         found[e, : len(held)] = held
     return found
+
+
+def shared_of(slots: np.ndarray, num_experts: int, rank: int, ranks: int) -> np.ndarray:
+    """[n] int64: for each slot of the rank the how-manieth expert with several copies it holds; S - E for all others."""
+    copied = np.flatnonzero(np.bincount(slots[slots >= 0], minlength=num_experts) > 1)
+    number = np.full(num_experts + 1, len(slots) - num_experts, dtype=np.int64)
+    number[copied] = np.arange(len(copied))
+    return number[slots.reshape(ranks, -1)[rank]]  # -1, an empty slot, reads the last
 
 
 def shard(module: nn.Module, names: Sequence[str], tables: Tables, stacked: bool) -> None:
@@ -71,10 +82,10 @@ def _sharded(name: str, stacked: bool) -> property:
         local = self._parameters[name]
         if not torch.compiler.is_dynamo_compiling():
             return local
-        tables = self._moec_tables
-        if not stacked and tables.epoch < 0:
+        tables = vars(self)[TABLES]
+        if not stacked and tables.epoch < 0:  # never; but code that holds a list of experts is compiled again for another plan
             return local
-        return marker(local, tables.copies, tables.num_experts, tables.site)
+        return marker(local, tables.copies, tables.shared, tables.num_experts, tables.site)
 
     def write(self: nn.Module, new: object) -> None:
         if new is not None and not isinstance(new, nn.Parameter):
