@@ -218,6 +218,7 @@ class _Spread:
         self.layout = _layouts[next(iter(self.sites))]
         if route.args[1] != self.layout.num_experts:
             raise self.refusal(f"{route.args[1]} experts, where the plan has {self.layout.num_experts}", route)
+        self.mode = value(next(m for p in self.layer.products for m in _markers(p))).fake_mode  # type: ignore[union-attr]
         nodes = list(self.graph.nodes)
         start = nodes.index(route)
         self.top_k = self._top_k()
@@ -253,10 +254,8 @@ class _Spread:
     def _propagate(self, node: fx.Node) -> None:
         if self.at is not None and "stack_trace" in self.at.meta:
             node.meta["stack_trace"] = self.at.meta["stack_trace"]
-        propagate(node)
-        val = value(node)
-        fakes = [v for v in map(value, node.all_input_nodes) if isinstance(v, torch._subclasses.FakeTensor)]
-        if fakes and (bindings := compute_unbacked_bindings(fakes[0].fake_mode.shape_env, val)):
+        propagate(node, self.mode)
+        if bindings := compute_unbacked_bindings(self.mode.shape_env, value(node)):
             node.meta["unbacked_bindings"] = bindings
 
     def _top_k(self) -> int:
