@@ -1,0 +1,232 @@
+"""What ranks do in these tests. Each case runs on all ranks and judges there; what it returns is for the test to look at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+import moec
+from moec.parallel import entry
+from moec.placement import Plan
+
+from .. import hf, layers
+from . import ranks
+
+# -- plans ---------------------------------------------------------------------------------------------------------------
+
+
+def make_plan(kind: str | None, num_layers: int, num_experts: int, world: int, seed: int = 0) -> Plan | None:
+    """None: no plan, experts in order. "random": a permutation. "copies": two more slots on each rank, the last ones of the last
+    rank empty where copies do not fit. "one": all on as few ranks as slots allow, the last rank has copies only.
+    """
+    if kind is None:
+        return None
+    rng = np.random.default_rng(seed)
+    room = -(-num_experts // world) + (2 if kind == "copies" else 0)
+    slots = np.full((num_layers, world, room), -1, dtype=np.int64)
+    for layer in range(num_layers):
+        order = rng.permutation(num_experts)
+        for i, e in enumerate(order):
+            slots[layer, i % world, i // world] = e
+        if kind == "copies":
+            for rank in range(world):
+                for place in np.flatnonzero(slots[layer, rank] < 0)[: room if rank < world - 1 else 1]:
+                    slots[layer, rank, place] = rng.choice(np.setdiff1d(np.arange(num_experts), slots[layer, rank]))
+    return Plan(slots.reshape(num_layers, -1), num_experts, np.zeros(world, dtype=np.int64))
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counted() -> Any:
+    """A Counter of the collectives that run, by name."""
+    found: Counter[str] = Counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield found
+    for event in profile.events():
+        if event.name.startswith("_c10d_functional::"):
+            found[event.name.split("::")[1]] += 1
+
+
+def mine(model: nn.Module, name: str, full: Tensor | None) -> Tensor | None:
+    """Of a tensor of the whole model, the part that this rank has."""
+    state = entry.state_of(model)
+    for layer in state.layers:
+        if name in layer.found.stacked and full is not None:
+            held = layer.experts(state.rank, state.ranks)
+            part = torch.zeros(len(held), *full.shape[1:], dtype=full.dtype)
+            for slot, e in enumerate(held):
+                if e >= 0:
+                    part[slot] = full[e]
+            return part
+        for names in layer.found.separate:
+            if name in names and names.index(name) not in layer.experts(state.rank, state.ranks):
+                return None
+    return full
+
+
+def part_of(model: nn.Module, run: hf.Run, value: Tensor) -> hf.Run:
+    return hf.Run(value, {name: mine(model, name, g) for name, g in run.grads.items()})
+
+
+def shares(model: nn.Module) -> dict[str, float]:
+    """Bytes of experts in memory over those of the whole model, by layer; a check that weights are sharded."""
+    state = entry.state_of(model)
+    found = {}
+    for layer in state.layers:
+        here = whole = 0
+        for name in layer.found.parameters:
+            p = model.get_parameter(name)
+            here += p.untyped_storage().nbytes()
+            whole += p.element_size() * p[0].numel() * layer.found.num_experts if layer.found.stacked else p.nbytes
+        found[layer.found.name] = here / whole
+    return found
+
+
+def mesh_of(mesh: DeviceMesh, dp: bool) -> tuple[DeviceMesh, DeviceMesh]:
+    """(the mesh for experts, the mesh of all ranks)."""
+    if not dp:
+        return mesh, mesh
+    whole = ranks.grid(mesh)
+    return whole["ep"], whole
+
+
+# -- decoders of transformers --------------------------------------------------------------------------------------------
+
+
+def train(
+    mesh: DeviceMesh,
+    name: str,
+    batches: list[int],
+    plan: str | None = None,
+    dispatcher: str | None = None,
+    inner: str = "aot_eager",
+    implementation: str = "eager",
+    dtype: str = "float32",
+    dp: bool = False,
+    seq: int = 9,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Forward, loss and backward on all ranks, against one process with all sequences; batches: sequences of each rank."""
+    kind = getattr(torch, dtype)
+    expert_mesh, whole = mesh_of(mesh, dp)
+    rank = dist.get_rank()
+    model = hf.build(name, implementation, kind, **(changes or {}))
+    plain = hf.build(name, "eager", kind, **(changes or {}))
+    every = hf.example_inputs(model, batch=sum(batches), seq=seq)
+    begin = sum(batches[:rank])
+    own = {k: v[begin : begin + batches[rank]] for k, v in every.items()}
+    routers = hf.routers(model)
+    made = make_plan(plan, len(routers), routers[0].num_experts, expert_mesh.size())
+    report = moec.parallelize(model, expert_mesh, made, dispatcher=dispatcher)
+    compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
+    with hf.recorded_choices(model) as choices, counted() as ran:
+        logits = compiled(**own).logits
+        share = logits.shape[0] / sum(batches)
+        loss = hf.loss_of(logits, own) * share if logits.numel() else logits.sum()
+        loss.backward()
+    moec.parallel.sync_gradients(model, whole, reduction="sum")
+    total = loss.detach().clone().float()
+    dist.all_reduce(total)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, choices)
+    same = [torch.cat([c[i] for c in everyone]) for i in range(len(choices))]
+    eager, ref = hf.run(plain, every, choices=same), hf.reference(plain, every, choices=same)
+    got = hf.Run(logits.detach(), {n: p.grad for n, p in model.named_parameters()})
+    at = slice(begin, begin + batches[rank])
+    worst = hf.measure(
+        got,
+        part_of(model, eager, eager.logits[at]),
+        part_of(model, ref, ref.logits[at]),
+        torch.finfo(kind).eps,
+    )
+    assert worst.ratio <= 1, worst
+    exact = float(hf.loss_of(ref.logits, every))
+    assert abs(float(total) - exact) <= 16 * torch.finfo(kind).eps * abs(exact), (float(total), exact)
+    for key, p in model.named_parameters():  # on every rank that has it, what is trained gets a gradient
+        assert p.grad is not None or ref.grads[key] is None or mine(model, key, ref.grads[key]) is None, key
+    return {"ran": dict(ran), "shares": shares(model), "report": str(report), "ratio": worst.ratio}
+
+
+# -- layers --------------------------------------------------------------------------------------------------------------
+
+
+def layer_of(kind: str, **changes: Any) -> nn.Module:
+    """A layer in float64: an idiom of moec.models, or `moec.nn`."""
+    if kind == "moec.nn":
+        torch.manual_seed(0)
+        sizes = {"d_model": layers.D, "d_ff": 16, "expansion": 3, "granularity": 2, "init_scale": 1.0}
+        return moec.nn.MoE(**{**sizes, **changes}, dtype=torch.float64)
+    return layers.build(kind, **changes)
+
+
+def one_layer(
+    mesh: DeviceMesh,
+    kind: str,
+    counts: list[int],
+    plan: str | None = None,
+    dispatcher: str | None = None,
+    inner: str = "aot_eager",
+    changes: dict[str, Any] | None = None,
+    prepare: str | None = None,
+) -> dict[str, Any]:
+    """Value, gradient of x and of every parameter, against one process with all tokens; counts: tokens of each rank."""
+    rank = mesh.get_local_rank()
+    model, plain = (layer_of(kind, **(changes or {})) for _ in range(2))
+    if prepare:
+        for m in (model, plain):
+            PREPARATIONS[prepare](m)
+    every = layers.tokens(sum(counts))
+    begin = sum(counts[:rank])
+    own = every[begin : begin + counts[rank]]
+    experts = model.num_experts if hasattr(model, "num_experts") else layers.E
+    made = make_plan(plan, 1, experts, mesh.size())
+    moec.parallelize(model, mesh, made, args=(layers.tokens(7),), dispatcher=dispatcher)
+    compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
+    x = own.detach().clone().requires_grad_()
+    with counted() as ran:
+        out = compiled(x)
+        probe = torch.cos(torch.arange(every.numel(), dtype=torch.float64)).view(every.shape)
+        out.backward(probe[begin : begin + counts[rank]])
+    moec.parallel.sync_gradients(model, reduction="sum")
+    ref = layers.run(plain, plain, every)
+    torch.testing.assert_close(out.detach(), ref.logits[begin : begin + counts[rank]])
+    torch.testing.assert_close(x.grad, ref.grads["x"][begin : begin + counts[rank]])
+    for name, p in model.named_parameters():
+        want = mine(model, name, ref.grads[name])
+        got = p.grad
+        if want is None or got is None:
+            assert want is None or not want.any(), name
+            assert got is None or not got.any(), name
+        else:
+            torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+    return {"ran": dict(ran), "shares": shares(model)}
+
+
+def _on_two(layer: nn.Module) -> None:
+    layers.prefer(layer, (0, 1))
+
+
+PREPARATIONS: dict[str, Callable[[nn.Module], None]] = {"on two experts": _on_two}
+
+
+# -- a model in use ------------------------------------------------------------------------------------------------------
+
+
+def several(mesh: DeviceMesh, calls: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Several cases in a row, to save starting tests."""
+    return [globals()[name](mesh, **arguments) for name, arguments in calls]
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, dims=1).flatten())
