@@ -101,7 +101,10 @@ def weights(product: fx.Node) -> Iterator[tuple[int, list[fx.Node]]]:
 
 
 def layers(graph: fx.Graph) -> list[Layer]:
-    """All routed sums of a graph, in order."""
+    """All routed sums of a graph, in order. Calls of `torch.ops.moec.x` become calls of its one overload, in place."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverloadPacket) and node.target._qualified_op_name.startswith("moec::"):
+            node.target = node.target.default
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in PRODUCTS:

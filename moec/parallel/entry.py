@@ -227,7 +227,7 @@ def _prepare(
         per_rank = len(row) // ranks
         held = tuple(row.reshape(ranks, -1)[rank].tolist())
         place = Place(rank, ranks, per_rank, group)
-        spare = len(row) - layer.num_experts
+        spare = len(row) - layer.num_experts if plan is not None else 0
         site = exchange.register(exchange.Layout(layer.name, layer.num_experts, place, chosen, spare, held))
         copies = local.copies_of(row, layer.num_experts, min(ranks, spare + 1))
         shared = local.shared_of(row, layer.num_experts, rank, ranks)
@@ -319,7 +319,8 @@ def _shard(model: nn.Module, layer: Sharded, state: State) -> None:
         for e, name in enumerate(names):
             if e not in experts:
                 local.drop(model.get_parameter(name))
-    model.get_submodule(layer.found.name).add_module(local.TABLES, layer.tables)
+    # a module that owns parameters, since nobody iterates over the children of one as over a ModuleList's
+    next(iter(owners)).add_module(local.TABLES, layer.tables)
     for module, names in owners.items():
         local.shard(module, names, layer.tables, stacked)
 

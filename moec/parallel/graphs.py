@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 
@@ -12,6 +14,11 @@ from moec.pipeline import Result
 
 class NotSpread(ParallelError, ShortenTraceback):
     """A ParallelError that Dynamo hands to the user as it is, although a backend raises it."""
+
+
+def _told(message: str) -> NotSpread:
+    frame = inspect.currentframe()
+    return NotSpread(message, first_useful_frame=frame.f_back if frame is not None else None)
 
 
 def spread(result: Result) -> bool:
@@ -26,12 +33,12 @@ def spread(result: Result) -> bool:
         for gm in [m for m in result.gm.modules() if isinstance(m, fx.GraphModule)]:
             layouts += exchange.spread(gm)
     except ParallelError as error:
-        raise NotSpread(str(error)) from error
+        raise _told(str(error)) from error
     if left := exchange.markers(result.gm):
         names = ", ".join(sorted({exchange.layout_of(m).name for m in left}))
         refused = [f"{s.idiom}: {s.reason}" for s in result.sites if s.status == "refused"]
         why = "; ".join(dict.fromkeys(refused)) or "they are read outside their layer, or moec is switched off"
-        raise NotSpread(f"the experts of {names} are spread over ranks, but their layer was not rewritten: {why}")
+        raise _told(f"the experts of {names} are spread over ranks, but their layer was not rewritten: {why}")
     rewritten = [s for s in result.sites if s.status == "rewritten"]
     for site, layout in zip(rewritten, layouts):
         if len(rewritten) == len(layouts):
