@@ -50,7 +50,7 @@ class Layout:
     dispatcher: Dispatcher
     spare: int = 0  # slots beyond one for each expert: at most so many experts have copies
     experts: tuple[int, ...] = ()  # the expert in each slot of this rank, -1 for none; the graph depends on it if weights are separate
-    copied: tuple[int, ...] = ()  # separate weights: for each slot of this rank, the how-manieth expert with copies it holds, or `spare`
+    copied: tuple[int, ...] = ()  # for each expert of this rank, the how-manieth with copies it is; `spare` if it has none
 
 
 _layouts: dict[int, Layout] = {}
@@ -343,29 +343,44 @@ class _Spread:
                 what = f"`{target_name(source)}`" if odd is not None else "a value that is not sharded with them"
                 raise self.refusal(f"its weights are computed by {what} before they are used", source)
         if stacked:
-            return [self._replayed(ws[0])]
-        held = [ws[e] for e in self.layout.experts if e >= 0]
-        if len(held) < len(self.layout.experts):  # an empty slot gets no rows; any weight of the shape will do
-            held += [held[0] if held else ws[0]] * (len(self.layout.experts) - len(held))
-        return [self._replayed(w) for w in held]
+            return [self._replayed(ws[0], self._stack(root(ws[0])[0]))]
+        held = [e for e in self.layout.experts if e >= 0]
+        own = self._each([root(ws[e])[0].args[0] for e in held])  # type: ignore[misc]
+        local = [self._replayed(ws[e], w) for e, w in zip(held, own)]
+        if len(local) < len(self.layout.experts):  # an empty slot gets no rows: any weight of the shape will do, without a gradient
+            filler = local[0] if local else self._replayed(ws[0], root(ws[0])[0].args[0])  # type: ignore[arg-type]
+            local += [self.write("detach", filler)] * (len(self.layout.experts) - len(local))
+        # rows of an empty slot do not exist, but slots have an order
+        at = iter(local)
+        by_slot = [next(at) if e >= 0 else None for e in self.layout.experts]
+        return [w if w is not None else local[-1] for w in by_slot]
 
-    def _replayed(self, w: fx.Node) -> fx.Node:
-        """The chain of views from the marker on, on what the marker marks."""
+    def _replayed(self, w: fx.Node, own: fx.Node) -> fx.Node:
+        """The chain of views from the marker on, on what stands for what the marker marks."""
         if w.target in MARKERS:
-            return self._own(w)
+            return own
         source = w.all_input_nodes[0]
-        new = self.graph.node_copy(w, lambda n: self._replayed(n) if n is source else n)
+        below = self._replayed(source, own)
+        new = self.graph.node_copy(w, lambda n: below if n is source else n)
         self._propagate(new)
         return new
 
-    def _own(self, marker: fx.Node) -> fx.Node:
-        """What a marker marks; where experts have copies, the copies' gradients are summed on the way back."""
+    def _stack(self, marker: fx.Node) -> fx.Node:
+        """A rank's stack; where experts have copies, the gradients of these are summed on the way back."""
         local, _, shared = marker.args[:3]
-        if not self.layout.spare or marker.target is not OPS.logical.default:
+        if not self.layout.spare:
             return local  # type: ignore[return-value]
         if (key := (local, -1)) not in self.brought:
-            self.brought[key] = self.write(collectives.share_gradients, local, shared, self.layout.spare, self.layout.place.group)  # type: ignore[index]
+            at = self.layout.place
+            self.brought[key] = self.write(collectives.share_gradients, local, shared, self.layout.spare, at.group)  # type: ignore[index]
         return self.brought[key]  # type: ignore[index]
+
+    def _each(self, own: list[fx.Node]) -> list[fx.Node]:
+        """The same for experts in parameters of their own. Every rank takes part, whatever it holds."""
+        if not self.layout.spare:
+            return own
+        told = self.write(collectives.share_each, own, list(self.layout.copied), self.layout.spare, self.layout.place.group)
+        return [self.write(operator.getitem, told, i) for i in range(len(own))]
 
     def _again(self, node: fx.Node) -> fx.Node:
         """A row-wise operation, on the rows that came here."""

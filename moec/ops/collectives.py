@@ -95,6 +95,28 @@ def share_gradients(local: Tensor, shared: Tensor, spare: int, group: str) -> Te
     return _Share.apply(local, shared, spare, group)
 
 
+class _ShareEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, numbers: list[int], spare: int, group: str, *local: Tensor) -> tuple[Tensor, ...]:
+        ctx.numbers, ctx.spare, ctx.group = numbers, spare, group
+        return tuple(w.view_as(w) for w in local)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        wide = accumulation_dtype(grads[0].dtype)
+        at = {n: i for i, n in enumerate(ctx.numbers) if n < ctx.spare}
+        empty = torch.zeros_like(grads[0], dtype=wide)
+        mine = torch.stack([grads[at[n]].to(wide) if n in at else empty for n in range(ctx.spare)])
+        total = _ops.wait_tensor(_ops.all_reduce(mine, "sum", ctx.group))
+        summed = [total[n].to(g.dtype) if n < ctx.spare else g for n, g in zip(ctx.numbers, grads)]
+        return None, None, None, *summed
+
+
+def share_each(local: Sequence[Tensor], numbers: Sequence[int], spare: int, group: str) -> tuple[Tensor, ...]:
+    """`share_gradients` for experts in tensors of their own; `numbers` are known when this is traced."""
+    return _ShareEach.apply(list(numbers), spare, group, *local)
+
+
 def gather_rows(x: Tensor, rows: IntLikeType, ranks: int, group: str, fill: int = 0) -> Tensor:
     """x [T, ...] -> [R * rows, ...]: the rows of rank r from r * rows on, `fill` below them; `rows` is equal on all ranks."""
     return _Gather.apply(x, rows, fill, ranks, group)

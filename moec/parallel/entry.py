@@ -44,6 +44,7 @@ class Sharded:
     slots: np.ndarray
     site: int
     tables: local.Tables
+    spare: int  # slots that may hold copies: at most so many experts have some
 
     def experts(self, rank: int, ranks: int) -> list[int]:
         """The experts in the slots of a rank."""
@@ -54,7 +55,8 @@ class Sharded:
         """Writes the plan into the tables that the graph reads."""
         width = self.tables.copies.shape[1]
         self.tables.copies.copy_(torch.from_numpy(local.copies_of(self.slots, self.found.num_experts, width)))
-        self.tables.shared.copy_(torch.from_numpy(local.shared_of(self.slots, self.found.num_experts, rank, ranks)))
+        shared = local.shared_of(self.slots, self.found.num_experts, self.spare, rank, ranks)
+        self.tables.shared.copy_(torch.from_numpy(shared))
 
 
 @dataclass(eq=False)
@@ -228,11 +230,12 @@ def _prepare(
         held = tuple(row.reshape(ranks, -1)[rank].tolist())
         place = Place(rank, ranks, per_rank, group)
         spare = len(row) - layer.num_experts if plan is not None else 0
-        site = exchange.register(exchange.Layout(layer.name, layer.num_experts, place, chosen, spare, held))
         copies = local.copies_of(row, layer.num_experts, min(ranks, spare + 1))
-        shared = local.shared_of(row, layer.num_experts, rank, ranks)
+        shared = local.shared_of(row, layer.num_experts, spare, rank, ranks)
+        copied = tuple(n for e, n in zip(held, shared.tolist()) if e >= 0)
+        site = exchange.register(exchange.Layout(layer.name, layer.num_experts, place, chosen, spare, held, copied))
         tables = local.Tables(copies, shared, site, _device(first, mesh))
-        layers.append(Sharded(layer, row, site, tables))
+        layers.append(Sharded(layer, row, site, tables, spare))
         report.append((layer.name, layer.num_experts, sum(e >= 0 for e in held), chosen.name, chosen.sent(traffic)))
     return State(mesh, layers, plan), report
 

@@ -30,7 +30,8 @@ class Tables(nn.Module):
     """What the graph reads of the plan of one layer; another plan of equal shape is copied in place.
 
     copies [E, C]  the slots of each expert, padded with -1
-    shared [n]     for each slot of this rank the how-manieth expert with several copies it holds; S - E for all others
+    shared [n]     for each slot of this rank the how-manieth expert with several copies it holds; the number of spare slots for
+                   all others
     """
 
     copies: Tensor
@@ -57,10 +58,10 @@ def copies_of(slots: np.ndarray, num_experts: int, width: int) -> np.ndarray:
     return found
 
 
-def shared_of(slots: np.ndarray, num_experts: int, rank: int, ranks: int) -> np.ndarray:
-    """[n] int64: for each slot of the rank the how-manieth expert with several copies it holds; S - E for all others."""
+def shared_of(slots: np.ndarray, num_experts: int, spare: int, rank: int, ranks: int) -> np.ndarray:
+    """[n] int64: for each slot of the rank the how-manieth expert with several copies it holds; `spare` for all others."""
     copied = np.flatnonzero(np.bincount(slots[slots >= 0], minlength=num_experts) > 1)
-    number = np.full(num_experts + 1, len(slots) - num_experts, dtype=np.int64)
+    number = np.full(num_experts + 1, spare, dtype=np.int64)
     number[copied] = np.arange(len(copied))
     return number[slots.reshape(ranks, -1)[rank]]  # -1, an empty slot, reads the last
 
