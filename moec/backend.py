@@ -56,7 +56,8 @@ class Backend:
         check_inner(rest, ours.inner)
         check_mode(mode)
         result = self._rewrite(gm, ours)
-        spread_out = spread(result)
+        spread_out = spread(result, ours)
+        ours, rest = (spread_out.options, {}) if spread_out.options is not ours else (ours, rest)
         left = capture.markers.marker_places(result.gm)
         if left:
             refused = [s for s in result.sites if s.status == "refused"]
@@ -76,7 +77,7 @@ class Backend:
             with nullcontext() if unknown else torch_defaults(result.gm):
                 return compile_inner(result.gm, example_inputs, ours, mode, rest)
         except Exception as fault:
-            if not unknown or ours.strict or spread_out:
+            if not unknown or ours.strict or spread_out.layouts:
                 raise
             # a refused site whose sizes are unknown: without us the graph would have broken there
             capture.trace_plainly(f"{ours.inner} cannot compile it in one graph ({type(fault).__name__})")

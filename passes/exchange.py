@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -279,7 +279,8 @@ class _Spread:
             slots = self.write(OPS.assign.default, ids, marker.args[1], place.rank)
             tokens = value(slots).shape[0]  # type: ignore[union-attr]
             key = tokens if isinstance(tokens, int) else str(tokens.node.expr)
-            at = Place(place.rank, place.ranks, place.slots_per_rank, place.group, key)
+            at = replace(place, tokens=key)
+            self.layout = replace(self.layout, place=at)
             self.channel = self.layout.dispatcher.open(self.write, self.shared, slots, at)
             local = self.write(torch.sub, self.channel.slots, place.rank * place.slots_per_rank)
             routed = self.write(OPS.route.default, local, place.slots_per_rank)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 
+from moec.config import Options
 from moec.errors import ParallelError
 from moec.passes import exchange
 from moec.pipeline import Result
@@ -21,14 +23,25 @@ def _told(message: str) -> NotSpread:
     return NotSpread(message, first_useful_frame=frame.f_back if frame is not None else None)
 
 
-def spread(result: Result) -> bool:
-    """Writes the exchange of tokens into all graphs of a result. Whether there was any.
+@dataclass(frozen=True)
+class Spread:
+    """The layers of a graph that exchange tokens, and the options it is to be compiled with."""
+
+    layouts: tuple[exchange.Layout, ...]
+    options: Options
+
+
+def spread(result: Result, options: Options) -> Spread:
+    """Writes the exchange of tokens into all graphs of a result.
+
+    A graph for no tokens at all goes to "aot_eager": Inductor simplifies what is computed from empty gradients, and collectives of
+    the backward, which other ranks wait for, would run in the forward.
 
     Raises ParallelError where sharded weights are read by anything but a rewritten layer: there is no way to run that.
     """
     if not exchange.markers(result.gm):
-        return False
-    layouts = []
+        return Spread((), options)
+    layouts: list[exchange.Layout] = []
     try:
         for gm in [m for m in result.gm.modules() if isinstance(m, fx.GraphModule)]:
             layouts += exchange.spread(gm)
@@ -43,4 +56,6 @@ def spread(result: Result) -> bool:
     for site, layout in zip(rewritten, layouts):
         if len(rewritten) == len(layouts):
             site.strategy = f"{site.strategy}, {layout.dispatcher.name} over {layout.place.ranks} ranks"
-    return True
+    if options.inner == "inductor" and any(layout.place.tokens == 0 for layout in layouts):
+        options = replace(options, inner="aot_eager")
+    return Spread(tuple(layouts), options)
