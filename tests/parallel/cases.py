@@ -230,3 +230,253 @@ def several(mesh: DeviceMesh, calls: list[tuple[str, dict[str, Any]]]) -> list[A
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids.roll(-1, dims=1).flatten())
+
+
+def compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the whole model by name, on every rank."""
+    state = entry.state_of(model)
+    stacked = {n: layer for layer in state.layers for n in layer.found.stacked}
+    found = {}
+    for name, value in model.state_dict().items():
+        if name not in stacked:
+            found[name] = value.detach().clone()
+            continue
+        held = stacked[name].experts(state.rank, state.ranks)
+        everyone: list[Any] = [None] * state.ranks
+        dist.all_gather_object(everyone, {e: value[i].clone() for i, e in enumerate(held) if e >= 0}, state.mesh.get_group())
+        rows: dict[int, Tensor] = {}
+        for told in everyone:
+            for e, row in told.items():
+                assert e not in rows or torch.equal(rows[e], row), f"copies of expert {e} of {name} differ"
+                rows[e] = row
+        found[name] = torch.stack([rows[e] for e in range(stacked[name].found.num_experts)])
+    return found
+
+
+def life(mesh: DeviceMesh, name: str, path: str, dispatcher: str) -> dict[str, Any]:
+    """Three steps of AdamW with a rebalance after the first, beside one process; then a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    rank, world = mesh.get_local_rank(), mesh.size()
+    model, plain = hf.build(name), hf.build(name)
+    every = hf.example_inputs(model, batch=2 * world, seq=9)
+    own = {k: v[2 * rank : 2 * rank + 2] for k, v in every.items()}
+    experts = hf.routers(model)[0].num_experts
+    first, second, third = (make_plan("copies", hf.NUM_MOE_LAYERS, experts, world, seed) for seed in range(3))
+    moec.parallelize(model, mesh, first, dispatcher=dispatcher)
+    compiled = torch.compile(model, backend="moec", options={"moec.inner": "aot_eager"}, fullgraph=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, plain)]
+
+    def step() -> tuple[float, float]:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = hf.loss_of(compiled(**own).logits, own)
+        loss.backward()
+        moec.parallel.sync_gradients(model)
+        want = hf.loss_of(plain(**every).logits, every)
+        want.backward()
+        for p in plain.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for optimizer in optimizers:
+            optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return float(mean) / world, float(want.detach())
+
+    losses = [step()]
+    graphs = compiled_graphs()
+    with torch.no_grad():
+        before = compiled(**own).logits
+    graphs = compiled_graphs()
+    moved = moec.rebalance(model, second, optimizers[0])
+    with torch.no_grad():
+        after = compiled(**own).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert moved.slots > 0
+    assert moec.rebalance(model, second, optimizers[0]).slots == 0
+    losses.append(step())
+    moec.rebalance(model, third, optimizers[0])
+    losses.append(step())
+    assert compiled_graphs() == graphs, "a rebalance compiled something"
+    for got, want in losses:
+        assert abs(got - want) < 1e-4 * want, losses
+    whole = full_state(model)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(whole[key], value, rtol=2e-3, atol=2e-4, msg=lambda m, key=key: f"{key}: {m}")
+    dcp.save(moec.parallel.state_dict(model), checkpoint_id=path)
+    return {"whole": {k: v.numpy() for k, v in whole.items()}, "sent": moved.sent}
+
+
+def resume(mesh: DeviceMesh, name: str, path: str, plan: str | None, whole: dict[str, Any]) -> None:
+    """What another number of ranks saved, read under another plan; and a full state taken in."""
+    import torch.distributed.checkpoint as dcp
+
+    model = hf.build(name, seed=7)
+    made = make_plan(plan, hf.NUM_MOE_LAYERS, hf.routers(model)[0].num_experts, mesh.size(), seed=5)
+    moec.parallelize(model, mesh, made)
+    state = moec.parallel.state_dict(model)
+    assert {k: tuple(v.shape) for k, v in state.items()} == {k: v.shape for k, v in whole.items()}
+    dcp.load(state, checkpoint_id=path)
+    for key, value in full_state(model).items():
+        assert np.array_equal(value.numpy(), whole[key]), key
+    other = hf.build(name, seed=8)
+    moec.parallel.load_state_dict(model, other.state_dict())
+    for key, value in full_state(model).items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Two layers with one set of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer_of("hit_stacked") for _ in range(2))
+        self.layers[1].experts = self.layers[0].experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](x))
+
+
+class ReadElsewhere(nn.Module):
+    """The weights of the experts are penalized in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = layer_of("hit_stacked")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 1e-3 * next(iter(self.layer.experts.parameters())).square().sum()
+
+
+class Flat(nn.Module):
+    """Experts in one matrix [E * F, D], viewed as a stack in the forward (DBRX)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(layers.D, 4, bias=False, dtype=torch.float64)
+        self.up = nn.Parameter(torch.randn(4 * 8, layers.D, dtype=torch.float64))
+        self.down = nn.Parameter(torch.randn(4 * 8, layers.D, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        up, down = self.up.view(4, 8, -1), self.down.view(4, 8, -1)
+        out = torch.zeros_like(x)
+        for e in range(4):
+            token, choice = torch.where(ids == e)
+            y = F.silu(x[token] @ up[e].t()) @ down[e]
+            out.index_add_(0, token, y * weights[token, choice, None])
+        return out
+
+
+class NoExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(layers.D, layers.D, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class LastWins(nn.Module):
+    """No routed sum: refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layer_of("skip_empty")
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, weights = self.inner.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.inner.experts):
+            token, choice = torch.where(ids == e)
+            if token.numel() == 0:
+                continue
+            out[token] = expert(x[token]) * weights[token, choice, None]
+        return out
+
+
+def refused(mesh: DeviceMesh, what: str, path: str) -> tuple[str, str]:
+    """(class, message) of what parallelize raises; the model is as it was."""
+    rank = mesh.get_local_rank()
+    model: Any = layer_of("hit_stacked")
+    settings: dict[str, Any] = {"args": (layers.tokens(5),)}
+    given: Any = mesh
+    if what == "corrupt plan":
+        settings["plan"] = path
+    elif what == "corrupt on one rank":
+        settings["plan"] = path if rank else make_plan("random", 1, 8, mesh.size())
+    elif what == "other E":
+        settings["plan"] = make_plan("random", 1, 6, mesh.size())
+    elif what == "other L":
+        settings["plan"] = make_plan("random", 3, 8, mesh.size())
+    elif what == "other GPUs":
+        settings["plan"] = make_plan("random", 1, 8, 2 * mesh.size())
+    elif what == "different plans":
+        settings["plan"] = make_plan("random", 1, 8, mesh.size(), seed=rank)
+    elif what == "no plan":
+        settings["plan"] = {"slots": 3}
+    elif what == "two dimensions":
+        given = ranks.grid(mesh)
+    elif what == "no mesh":
+        given = dist.group.WORLD
+    elif what == "compiled":
+        model = torch.compile(model)
+    elif what == "twice":
+        moec.parallelize(model, mesh, **settings)
+    elif what == "dispatcher":
+        settings["dispatcher"] = "pigeons"
+    elif what == "tokens":
+        settings["tokens"] = 0
+    elif what == "no inputs":
+        settings = {}
+    elif what == "wrong inputs":
+        settings = {"args": (layers.tokens(5)[:, :3],)}
+    else:
+        model = {"tied": Tied, "read elsewhere": ReadElsewhere, "flat": Flat, "none": NoExperts, "not a sum": LastWins}[what]()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        moec.parallelize(model, given, **settings)
+    except Exception as error:
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        return type(error).__name__, str(error)
+    raise AssertionError("nothing was raised")
+
+
+def misused(mesh: DeviceMesh) -> dict[str, str]:
+    """What a parallelized layer says when it is used wrongly."""
+    x = layers.tokens(5)
+    model, found = layer_of("hit_stacked"), {}
+    moec.parallelize(model, mesh, make_plan("random", 1, 8, mesh.size()), args=(x,))
+    calls: dict[str, Callable[[], object]] = {
+        "eager": lambda: model(x),
+        "another backend": lambda: torch.compile(model, backend="aot_eager")(x),
+        "switched off": lambda: torch.compile(model, backend="moec", options={"moec.disable": True})(x),
+        "rebalance: other E": lambda: moec.rebalance(model, make_plan("random", 1, 6, mesh.size())),
+        "rebalance: other slots": lambda: moec.rebalance(model, make_plan("copies", 1, 8, mesh.size())),
+        "rebalance: different": lambda: moec.rebalance(
+            model, make_plan("random", 1, 8, mesh.size(), seed=mesh.get_local_rank())
+        ),
+        "rebalance: none": lambda: moec.rebalance(model, None),
+        "rebalance: other model": lambda: moec.rebalance(nn.Linear(2, 2), make_plan("random", 1, 8, mesh.size())),
+        "state: missing": lambda: moec.parallel.load_state_dict(model, {}),
+        "reduction": lambda: moec.parallel.sync_gradients(model, reduction="max"),
+    }
+    for name, call in calls.items():
+        torch._dynamo.reset()
+        try:
+            call()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    torch._dynamo.reset()
+    want = layer_of("hit_stacked")(x)
+    got = torch.compile(model, backend="moec", options={"moec.inner": "eager"})(x)
+    torch.testing.assert_close(got, want)  # and after all that it works as before
+    return found
