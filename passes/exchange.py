@@ -49,8 +49,12 @@ class Layout:
     place: Place
     dispatcher: Dispatcher
     spare: int = 0  # slots beyond one for each expert: at most so many experts have copies
-    experts: tuple[int, ...] = ()  # the expert in each slot of this rank, -1 for none; the graph depends on it if weights are separate
-    copied: tuple[int, ...] = ()  # for each expert of this rank, the how-manieth with copies it is; `spare` if it has none
+    experts: tuple[
+        int, ...
+    ] = ()  # the expert in each slot of this rank, -1 for none; the graph depends on it if weights are separate
+    copied: tuple[
+        int, ...
+    ] = ()  # for each expert of this rank, the how-manieth with copies it is; `spare` if it has none
 
 
 _layouts: dict[int, Layout] = {}
@@ -348,7 +352,9 @@ class _Spread:
         held = [e for e in self.layout.experts if e >= 0]
         own = self._each([root(ws[e])[0].args[0] for e in held])  # type: ignore[misc]
         local = [self._replayed(ws[e], w) for e, w in zip(held, own)]
-        if len(local) < len(self.layout.experts):  # an empty slot gets no rows: any weight of the shape will do, without a gradient
+        if len(local) < len(
+            self.layout.experts
+        ):  # an empty slot gets no rows: any weight of the shape will do, without a gradient
             filler = local[0] if local else self._replayed(ws[0], root(ws[0])[0].args[0])  # type: ignore[arg-type]
             local += [self.write("detach", filler)] * (len(self.layout.experts) - len(local))
         # rows of an empty slot do not exist, but slots have an order
@@ -380,7 +386,9 @@ class _Spread:
         """The same for experts in parameters of their own. Every rank takes part, whatever it holds."""
         if not self.layout.spare:
             return own
-        told = self.write(collectives.share_each, own, list(self.layout.copied), self.layout.spare, self.layout.place.group)
+        told = self.write(
+            collectives.share_each, own, list(self.layout.copied), self.layout.spare, self.layout.place.group
+        )
         return [self.write(operator.getitem, told, i) for i in range(len(own))]
 
     def _again(self, node: fx.Node) -> fx.Node:

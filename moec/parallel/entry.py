@@ -135,7 +135,9 @@ def parallelize(
     """
     _check_mesh(mesh)
     state, report = agreed(
-        mesh, lambda: _prepare(model, mesh, plan, args, kwargs, dispatcher, topology, tokens), lambda found: _digest(found[0])
+        mesh,
+        lambda: _prepare(model, mesh, plan, args, kwargs, dispatcher, topology, tokens),
+        lambda found: _digest(found[0]),
     )
     before = [_bytes(model, layer.found) for layer in state.layers]
     for layer in state.layers:
@@ -326,6 +328,16 @@ def _shard(model: nn.Module, layer: Sharded, state: State) -> None:
     next(iter(owners)).add_module(local.TABLES, layer.tables)
     for module, names in owners.items():
         local.shard(module, names, layer.tables, stacked)
+    for path in {p for n in layer.found.parameters for p in _above(n)}:
+        around = model.get_submodule(path)
+        if local.only_compiled not in around._forward_pre_hooks.values():
+            around.register_forward_pre_hook(local.only_compiled, prepend=True)
+
+
+def _above(name: str) -> list[str]:
+    """The paths of all modules around a parameter, "" for the model itself."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def _bytes(model: nn.Module, found: Found) -> int:

@@ -5,8 +5,8 @@
 
 While moec traces, reading such an attribute gives `moec::logical(local, ...)` [E, ...] or `moec::resident(local, ...)`: the graph is
 that of the whole model, and says what is sharded. A property of the module's class does that, as in torch's own
-parametrizations; so the class is a subclass of the module's own, of the same name. In eager code the attribute is the Parameter,
-and calling the module raises.
+parametrizations; so the class is a subclass of the module's own, of the same name. In eager code the attribute is the Parameter;
+but calling the module, or one around it, raises, and so does code that reads the attribute in a call of moec's without being traced.
 
 A remote expert's Parameter is one NaN seen at every index (stride 0): reading it is safe and shows, writing to it raises.
 """
@@ -18,8 +18,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.decorators import skip_code
 
 import moec.ops.exchange  # noqa: F401  (defines the markers)
+from moec.capture import frames
 from moec.errors import ParallelError
 
 TABLES = "_moec_tables"  # the attribute of every module that owns sharded parameters
@@ -72,8 +75,7 @@ def shard(module: nn.Module, names: Sequence[str], tables: Tables, stacked: bool
     properties = {name: _sharded(name, stacked) for name in names}
     body = {**properties, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     module.__class__ = type(cls.__name__, (cls,), body)
-    vars(module)[TABLES] = tables  # not a child: the tables are registered once, with the module that holds the layer
-    module.register_forward_pre_hook(_only_compiled)
+    vars(module)[TABLES] = tables  # not a child: the tables are registered once
 
 
 def _sharded(name: str, stacked: bool) -> property:
@@ -82,9 +84,12 @@ def _sharded(name: str, stacked: bool) -> property:
     def read(self: nn.Module) -> object:
         local = self._parameters[name]
         if not torch.compiler.is_dynamo_compiling():
+            _check_read(self, get_eval_frame_callback())
             return local
         tables = vars(self)[TABLES]
-        if not stacked and tables.epoch < 0:  # never; but code that holds a list of experts is compiled again for another plan
+        if (
+            not stacked and tables.epoch < 0
+        ):  # never; but code that holds a list of experts is compiled again for another plan
             return local
         return marker(local, tables.copies, tables.shared, tables.num_experts, tables.site)
 
@@ -93,15 +98,37 @@ def _sharded(name: str, stacked: bool) -> property:
             raise TypeError(f"{name} is a parameter; assign a torch.nn.Parameter")
         self._parameters[name] = new
 
+    skip_code(read.__code__)  # where Python calls it, it is to run and not to be compiled
     return property(read, write)
 
 
-def _only_compiled(module: nn.Module, args: object) -> None:
-    if not torch.compiler.is_dynamo_compiling():
+@torch.compiler.disable
+def _check_read(module: nn.Module, callback: object) -> None:
+    if callback and frames.is_ours(callback):
         raise ParallelError(
-            f"the experts of {type(module).__name__} are spread over ranks (moec.parallelize), and this call is not compiled: use "
-            'torch.compile(model, backend="moec"). If it was, the code around this layer ran without being traced'
+            f"the experts of {type(module).__name__} are spread over ranks, and code that reads them runs without being traced: the "
+            'graph breaks around this layer. torch.compile(model, backend="moec", fullgraph=True) says where'
         )
+
+
+@torch.compiler.disable
+def _check_call(module: nn.Module, callback: object) -> None:
+    if not callback or not frames.is_ours(callback):
+        raise ParallelError(
+            f"the experts of {type(module).__name__} are spread over ranks (moec.parallelize), and this call is not compiled "
+            'with moec: use torch.compile(model, backend="moec")'
+        )
+
+
+def only_compiled(module: nn.Module, args: object) -> None:
+    """A forward pre-hook of every module around sharded parameters."""
+    if (
+        not torch.compiler.is_dynamo_compiling()
+    ):  # the callback of the call that Python is in, if it is one of a compiled model
+        _check_call(module, get_eval_frame_callback())
+
+
+skip_code(only_compiled.__code__)
 
 
 @torch.no_grad()

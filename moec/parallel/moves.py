@@ -67,7 +67,9 @@ def _prepare(state: State, plan: Plan | str | os.PathLike[str]) -> tuple[Plan, l
     rows = rows_of(plan, [layer.found for layer in state.layers], state.ranks)
     for layer, row in zip(state.layers, rows):
         if layer.found.separate:
-            raise ParallelError(f"the experts of {layer.found.name} are separate parameters; rebalancing them is not handled")
+            raise ParallelError(
+                f"the experts of {layer.found.name} are separate parameters; rebalancing them is not handled"
+            )
         if len(row) != len(layer.slots):
             raise ParallelError(
                 f"the plan has {len(row)} slots in {layer.found.name}, which was parallelized with {len(layer.slots)}; solve with "
@@ -112,7 +114,9 @@ def _move(
     layer.refresh(state.rank, state.ranks)
     sizes = sum(t.element_size() * t[0].numel() for t in targets)
     here = [rows for to, rows in enumerate(route[state.rank]) if to != state.rank]
-    return Moved(sum(len(r) for f, tos in enumerate(route) for t, r in enumerate(tos) if f != t), sum(map(len, here)) * sizes)
+    return Moved(
+        sum(len(r) for f, tos in enumerate(route) for t, r in enumerate(tos) if f != t), sum(map(len, here)) * sizes
+    )
 
 
 Routes = list[list[list[tuple[int, int]]]]  # [from][to]: (slot there, slot here) on the two ranks

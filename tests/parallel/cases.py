@@ -247,7 +247,9 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         held = stacked[name].experts(state.rank, state.ranks)
         everyone: list[Any] = [None] * state.ranks
-        dist.all_gather_object(everyone, {e: value[i].clone() for i, e in enumerate(held) if e >= 0}, state.mesh.get_group())
+        dist.all_gather_object(
+            everyone, {e: value[i].clone() for i, e in enumerate(held) if e >= 0}, state.mesh.get_group()
+        )
         rows: dict[int, Tensor] = {}
         for told in everyone:
             for e, row in told.items():
@@ -439,7 +441,9 @@ def refused(mesh: DeviceMesh, what: str, path: str) -> tuple[str, str]:
     elif what == "wrong inputs":
         settings = {"args": (layers.tokens(5)[:, :3],)}
     else:
-        model = {"tied": Tied, "read elsewhere": ReadElsewhere, "flat": Flat, "none": NoExperts, "not a sum": LastWins}[what]()
+        model = {"tied": Tied, "read elsewhere": ReadElsewhere, "flat": Flat, "none": NoExperts, "not a sum": LastWins}[
+            what
+        ]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
         moec.parallelize(model, given, **settings)
@@ -450,6 +454,22 @@ def refused(mesh: DeviceMesh, what: str, path: str) -> tuple[str, str]:
     raise AssertionError("nothing was raised")
 
 
+def _weights_of(model: nn.Module) -> Tensor:
+    return model.experts.up_proj * 2
+
+
+def _broken(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A forward that Dynamo gives up."""
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = x + model.experts.up_proj.sum()
+        return x
+
+    return forward
+
+
 def misused(mesh: DeviceMesh) -> dict[str, str]:
     """What a parallelized layer says when it is used wrongly."""
     x = layers.tokens(5)
@@ -458,6 +478,8 @@ def misused(mesh: DeviceMesh) -> dict[str, str]:
     calls: dict[str, Callable[[], object]] = {
         "eager": lambda: model(x),
         "another backend": lambda: torch.compile(model, backend="aot_eager")(x),
+        "a part with another backend": lambda: torch.compile(_weights_of, backend="aot_eager")(model),
+        "a break in the loop": lambda: torch.compile(_broken(model), backend="moec")(x),
         "switched off": lambda: torch.compile(model, backend="moec", options={"moec.disable": True})(x),
         "rebalance: other E": lambda: moec.rebalance(model, make_plan("random", 1, 6, mesh.size())),
         "rebalance: other slots": lambda: moec.rebalance(model, make_plan("copies", 1, 8, mesh.size())),

@@ -72,7 +72,9 @@ class Group:
                 results[rank] = value
         if faults:
             self.stop()
-            raise AssertionError("\n".join(f"rank {rank} of {len(self.pipes)}: {fault}" for rank, fault in faults.items()))
+            raise AssertionError(
+                "\n".join(f"rank {rank} of {len(self.pipes)}: {fault}" for rank, fault in faults.items())
+            )
         return [results[r] for r in range(len(self.pipes))]
 
     def stop(self) -> None:

@@ -30,8 +30,10 @@ REFUSED = {
 }
 
 MISUSED = {
-    "eager": r"^ParallelError: .*this call is not compiled",
-    "another backend": "this run is not moec's",
+    "eager": r"^ParallelError: .*this call is not compiled with moec",
+    "another backend": r"^ParallelError: .*this call is not compiled with moec",
+    "a part with another backend": "this run is not moec's",
+    "a break in the loop": "code that reads them runs without being traced",
     "switched off": "^NotSpread: .*moec is switched off",
     "rebalance: other E": "the plan is for 6 experts",
     "rebalance: other slots": "the plan has 12 slots",

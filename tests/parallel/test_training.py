@@ -26,3 +26,18 @@ def test_two_ranks(name: str, plan: str | None, dispatcher: str) -> None:
             assert ran["all_to_all_single"] >= 14, ran
         assert ("all_reduce" in ran) == (plan == "copies"), ran
         assert all(share == (0.75 if plan == "copies" else 0.5) for share in found["shares"].values()), found
+
+
+def test_four_ranks_of_which_two_share_their_experts() -> None:
+    """A mesh ("dp", "ep") of two by two; uneven batches, 7 experts."""
+    found = ranks.run(
+        4, cases.train, name="mixtral", batches=[1, 2, 1, 1], plan="random", dp=True, changes={"num_local_experts": 7}
+    )
+    assert all(share == pytest.approx(4 / 7) for f in found for share in f["shares"].values()), found
+
+
+def test_four_ranks() -> None:
+    found = ranks.run(
+        4, cases.train, name="qwen3_moe", batches=[2, 1, 1, 3], plan="copies", dispatcher="all-to-all", dtype="bfloat16"
+    )
+    assert all(share == 0.5 for f in found for share in f["shares"].values()), found
