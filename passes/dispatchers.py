@@ -3,8 +3,9 @@
     AllGather   every token to every rank; sums come back by reduce-scatter
     AllToAll    every token once to each rank that holds one of its experts; partial sums come back and are added in rank order
 
-A dispatcher is data: `open` writes what a layer does once (who goes where) and returns a channel; `bring` and `back` of the channel
-write the two ways. Rows are tokens: a token travels with the slots of all its K choices, and a rank keeps those that are its own.
+A dispatcher is data: `open` writes what a layer does once (who goes where) and returns a channel; `bring` and `back` of the
+channel write the two ways. Rows are tokens: a token travels with the slots of all its K choices, and a rank keeps those that are
+its own.
 
 Which one is a matter of cost. All ranks must take the same, so the choice depends on nothing that a rank knows alone: not on its
 number of tokens, but on one that is given.
@@ -14,16 +15,18 @@ Shape letters: T tokens of this rank, K top-k, R ranks, P tokens that came here.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import fx
-from torch import ops as _torch_ops
+
 
 from moec.ops import collectives
 
-OPS = _torch_ops.moec
+OPS = torch.ops.moec
 Write = Callable[..., fx.Node]  # (target, *args) -> the new node
 
 
@@ -34,9 +37,15 @@ class Traffic:
     tokens: int  # of one rank
     top_k: int
     ranks: int
-    row_bytes: int
-    bandwidth: float
-    latency: float
+    width: int  # of a row
+    itemsize: int  # bytes of one element of a row
+    bandwidth: float = 450e9
+    latency: float = 2e-6
+
+    @property
+    def there(self) -> int:
+        """Bytes of one token on its way: its row, and the slot and the weight of each choice."""
+        return self.width * self.itemsize + self.top_k * (8 + self.itemsize)
 
     def visited(self) -> float:
         """The expected number of other ranks that a token visits, if its experts are spread evenly."""
@@ -91,7 +100,7 @@ class AllGather:
         def bring(x: fx.Node, fill: int = 0) -> fx.Node:
             return write(collectives.gather_rows, x, rows, at.ranks, at.group, fill)
 
-        tokens = write(_torch_ops.aten.sym_size.int, slots, 0)
+        tokens = write(torch.ops.aten.sym_size.int, slots, 0)
 
         def back(y: fx.Node) -> fx.Node:
             return write(collectives.scatter_sums, y, tokens, at.ranks, at.group)
@@ -99,7 +108,8 @@ class AllGather:
         return Channel(bring(slots, -1), bring, back)
 
     def sent(self, traffic: Traffic) -> float:
-        return 2 * (traffic.ranks - 1) * traffic.tokens * traffic.row_bytes
+        back = traffic.width * max(traffic.itemsize, 4)  # sums of 16 bits travel in 32
+        return (traffic.ranks - 1) * traffic.tokens * (traffic.there + back)
 
     def seconds(self, traffic: Traffic) -> float:
         return 5 * traffic.latency + self.sent(traffic) / traffic.bandwidth
@@ -112,8 +122,6 @@ class AllToAll:
     name: str = "all-to-all"
 
     def open(self, write: Write, shared: dict[object, fx.Node], slots: fx.Node, at: Place) -> Channel:
-        import operator
-
         ranks = write(OPS.visits.default, slots, at.slots_per_rank, at.ranks)
         routed = write(OPS.route.default, ranks, at.ranks)
         order, inverse, ends = (write(operator.getitem, routed, i) for i in range(3))
@@ -132,7 +140,7 @@ class AllToAll:
         return Channel(bring(slots), bring, back)
 
     def sent(self, traffic: Traffic) -> float:
-        return 2 * traffic.visited() * traffic.tokens * traffic.row_bytes
+        return traffic.visited() * traffic.tokens * (traffic.there + traffic.width * traffic.itemsize)
 
     def seconds(self, traffic: Traffic) -> float:
         return 6 * traffic.latency + self.sent(traffic) / traffic.bandwidth

@@ -6,8 +6,8 @@
     out = combine(y, ...)                        out = back(combine(y, ...))
 
 It reads graphs that are already in `moec::` ops, from lowering or from `moec.nn`, and knows a sharded weight by its marker
-(`moec::logical`, `moec::resident`) at the end of a chain of views that leave the expert dim alone. Between `dispatch` and `combine`
-everything works row by row, which detection proved; the same nodes are written again for the rows that came here.
+(`moec::logical`, `moec::resident`) at the end of a chain of views that leave the expert dim alone. Between `dispatch` and
+`combine` everything works row by row, which detection proved; the same nodes are written again for the rows that came here.
 
 Refused, with the reason: weights that are read in any other way, rows that leave the layer, offsets that are no `route`'s (expert
 choice), several kinds of marker in one layer.
@@ -49,12 +49,10 @@ class Layout:
     place: Place
     dispatcher: Dispatcher
     spare: int = 0  # slots beyond one for each expert: at most so many experts have copies
-    experts: tuple[
-        int, ...
-    ] = ()  # the expert in each slot of this rank, -1 for none; the graph depends on it if weights are separate
-    copied: tuple[
-        int, ...
-    ] = ()  # for each expert of this rank, the how-manieth with copies it is; `spare` if it has none
+    # the expert in each slot of this rank, -1 for none; with separate weights the graph depends on it
+    experts: tuple[int, ...] = ()
+    # for each expert of this rank, the how-manieth with copies it is; `spare` if it has none
+    copied: tuple[int, ...] = ()
 
 
 _layouts: dict[int, Layout] = {}
@@ -85,8 +83,8 @@ class Layer:
         """The nodes of (order, inverse, offsets)."""
         found: list[fx.Node | None] = [None, None, None]
         for user in self.route.users:
-            if user.target is operator.getitem:
-                found[user.args[1]] = user  # type: ignore[call-overload]
+            if user.target is operator.getitem and isinstance(user.args[1], int):
+                found[user.args[1]] = user
         return tuple(found)
 
 
@@ -137,7 +135,7 @@ CASTS = ("to", "float", "half", "bfloat16", "double", "detach", "contiguous", "t
 
 
 def _per_expert(node: fx.Node) -> bool:
-    """Whether row e of the result depends on row e of the one input alone, and is found in the same way for any number of rows."""
+    """Whether row e of the result depends on row e of the one input alone, found in the same way for any number of rows."""
     if len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
         return False
     source = value(node.all_input_nodes[0])
@@ -150,7 +148,7 @@ def _per_expert(node: fx.Node) -> bool:
         return True
     if name == "permute":
         dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        return bool(dims) and dims[0] == 0
+        return bool(dims) and dims[0] == 0  # type: ignore[return-value]
     if name == "transpose":
         return all(isinstance(d, int) and d % source.dim() != 0 for d in rest)
     if name in ("select", "narrow", "slice"):
@@ -225,7 +223,9 @@ class _Spread:
         self.layout = _layouts[next(iter(self.sites))]
         if route.args[1] != self.layout.num_experts:
             raise self.refusal(f"{route.args[1]} experts, where the plan has {self.layout.num_experts}", route)
-        self.mode = value(next(m for p in self.layer.products for m in _markers(p))).fake_mode  # type: ignore[union-attr]
+        marked = value(next(m for p in self.layer.products for m in _markers(p)))
+        assert isinstance(marked, torch._subclasses.FakeTensor)
+        self.mode = marked.fake_mode
         nodes = list(self.graph.nodes)
         start = nodes.index(route)
         self.top_k = self._top_k()
@@ -254,7 +254,7 @@ class _Spread:
 
     def write(self, target: Callable[..., object] | str, *args: object) -> fx.Node:
         kind = "call_method" if isinstance(target, str) else "call_function"
-        node = self.graph.create_node(kind, target, args)
+        node = self.graph.create_node(kind, target, args)  # type: ignore[arg-type]
         self._propagate(node)
         return node
 
@@ -281,7 +281,7 @@ class _Spread:
             ids = self.write("reshape", route.args[0], (-1, self.top_k))
             marker = next(m for p in self.layer.products for m in _markers(p))
             slots = self.write(OPS.assign.default, ids, marker.args[1], place.rank)
-            tokens = value(slots).shape[0]  # type: ignore[union-attr]
+            tokens = shape(slots)[0]
             key = tokens if isinstance(tokens, int) else str(tokens.node.expr)
             at = replace(place, tokens=key)
             self.layout = replace(self.layout, place=at)
@@ -290,7 +290,7 @@ class _Spread:
             routed = self.write(OPS.route.default, local, place.slots_per_rank)
             order, inverse, offsets = (self.write(operator.getitem, routed, i) for i in range(3))
             order = self.write(OPS.trim_rows.default, order, self.write(collectives.last, offsets))
-            self.rows = value(order).shape[0]  # type: ignore[union-attr]
+            self.rows = shape(order)[0]
         self.routing = (order, inverse, offsets)
         for node, new in zip(self.layer.order, self.routing):
             if node is not None:
@@ -325,7 +325,7 @@ class _Spread:
             if per_row == self.top_k:
                 self.brought[key] = self.channel.bring(x)
             else:
-                feature = tuple(value(x).shape[1:])  # type: ignore[union-attr]
+                feature = tuple(shape(x)[1:])
                 by_token = self.write("reshape", x, (-1, self.top_k, *feature))
                 self.brought[key] = self.write("reshape", self.channel.bring(by_token), (-1, *feature))
         return self.brought[key]
@@ -337,7 +337,7 @@ class _Spread:
         for i, ws in weights(node):
             args[i] = self._local(node, ws)
         args = [self.here.get(a, a) if isinstance(a, fx.Node) else a for a in args]
-        return self.write(node.target, *args)  # type: ignore[arg-type]
+        return self.write(node.target, *args)
 
     def _local(self, product: fx.Node, ws: list[fx.Node]) -> list[fx.Node]:
         """The weights of this rank's slots in place of those of all experts."""
@@ -350,17 +350,14 @@ class _Spread:
         if stacked:
             return [self._replayed(ws[0], self._stack(root(ws[0])[0]))]
         held = [e for e in self.layout.experts if e >= 0]
-        own = self._each([root(ws[e])[0].args[0] for e in held])  # type: ignore[misc]
+        own = self._each([_node(root(ws[e])[0].args[0]) for e in held])
         local = [self._replayed(ws[e], w) for e, w in zip(held, own)]
-        if len(local) < len(
-            self.layout.experts
-        ):  # an empty slot gets no rows: any weight of the shape will do, without a gradient
-            filler = local[0] if local else self._replayed(ws[0], root(ws[0])[0].args[0])  # type: ignore[arg-type]
-            local += [self.write("detach", filler)] * (len(self.layout.experts) - len(local))
-        # rows of an empty slot do not exist, but slots have an order
+        if len(local) == len(self.layout.experts):
+            return local
+        # an empty slot has no rows: any weight of the shape will do, without a gradient
+        filler = self.write("detach", local[0] if local else self._replayed(ws[0], _node(root(ws[0])[0].args[0])))
         at = iter(local)
-        by_slot = [next(at) if e >= 0 else None for e in self.layout.experts]
-        return [w if w is not None else local[-1] for w in by_slot]
+        return [next(at) if e >= 0 else filler for e in self.layout.experts]
 
     def _replayed(self, w: fx.Node, own: fx.Node) -> fx.Node:
         """The chain of views from the marker on, on what stands for what the marker marks."""
@@ -426,6 +423,18 @@ def _row_wise(node: fx.Node) -> bool:
     if name == "unsqueeze":
         return bool(rest) and isinstance(rest[0], int) and rest[0] in (-1, 1)
     return name == "getitem" and isinstance(rest[0], int) and isinstance(value(node.all_input_nodes[0]), (tuple, list))
+
+
+def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """The shape of a node that is known to hold a tensor."""
+    known = value(node)
+    assert isinstance(known, torch.Tensor)
+    return tuple(known.shape)
+
+
+def _node(arg: object) -> fx.Node:
+    assert isinstance(arg, fx.Node)
+    return arg
 
 
 def _same(a: object, b: object) -> bool:

@@ -42,7 +42,7 @@ class _Gather(torch.autograd.Function):
         return gather(torch.ops.moec.pad_rows(x, rows, fill), ranks, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return scatter_sums(grad, ctx.tokens, ctx.ranks, ctx.group), None, None, None, None
 
 
@@ -53,7 +53,7 @@ class _Scatter(torch.autograd.Function):
         return torch.ops.moec.trim_rows(_reduce(y, ranks, group), tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return gather_rows(grad, ctx.rows, ctx.ranks, ctx.group), None, None, None
 
 
@@ -64,7 +64,7 @@ class _Swap(torch.autograd.Function):
         return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), received, sent, group))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return swap_rows(grad, ctx.sent, ctx.received, ctx.group), None, None, None
 
 
@@ -76,7 +76,7 @@ class _Share(torch.autograd.Function):
         return local.view_as(local)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (shared,) = ctx.saved_tensors
         wide = grad.to(accumulation_dtype(grad.dtype))
         mine = wide.new_zeros((ctx.spare + 1, *grad.shape[1:])).index_copy(0, shared, wide)[: ctx.spare]
@@ -102,7 +102,7 @@ class _ShareEach(torch.autograd.Function):
         return tuple(w.view_as(w) for w in local)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         wide = accumulation_dtype(grads[0].dtype)
         at = {n: i for i, n in enumerate(ctx.numbers) if n < ctx.spare}
         empty = torch.zeros_like(grads[0], dtype=wide)

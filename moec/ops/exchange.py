@@ -34,11 +34,14 @@ SCHEMAS = {
 }
 
 
+MISUSED = (
+    "the experts of this model are spread over ranks (moec.parallelize), and this run is not moec's: "
+    'call it through torch.compile(model, backend="moec")'
+)
+
+
 def _stop(local: Tensor, copies: Tensor, shared: Tensor, num_experts: int, site: int) -> NoReturn:
-    raise MoecError(
-        "the experts of this model are spread over ranks (moec.parallelize), and this run is not moec's: "
-        'call it through torch.compile(model, backend="moec")'
-    )
+    raise MoecError(MISUSED)
 
 
 def assign(topk_ids: Tensor, copies: Tensor, first: int) -> Tensor:
@@ -119,9 +122,7 @@ def _trim_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _marker_backward(ctx: Any, grad: Tensor) -> NoReturn:
-    raise MoecError(
-        "moec: a sharded stack of experts has no gradient of its own; this is a fault of moec, please report it"
-    )
+    raise MoecError(MISUSED)
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any, Any, Any]] = {

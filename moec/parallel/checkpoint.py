@@ -37,7 +37,7 @@ class Experts(torch.Tensor):
     @staticmethod
     def of(rows: Tensor, held: Sequence[int], num_experts: int) -> Experts:
         empty = rows.new_full((), float("nan") if rows.is_floating_point() else 0).expand(num_experts, *rows.shape[1:])
-        shards: Experts = torch.Tensor._make_subclass(Experts, empty)  # type: ignore[assignment]
+        shards: Experts = torch.Tensor._make_subclass(Experts, empty)
         shards.rows, shards.held = rows.detach(), tuple(held)
         return shards
 

@@ -44,7 +44,7 @@ class Found:
 
 
 def find(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None) -> list[Found]:
-    """The layers whose experts can be spread over ranks, in order. Raises ParallelError where one cannot, or where there are none."""
+    """The layers whose experts can be spread over ranks, in order. Raises ParallelError where one cannot, or without any."""
     if not args and kwargs is None:
         kwargs = _example(model)
     capture.install()
@@ -154,13 +154,13 @@ class _Stub:
         layers = exchange.layers(gm.graph)
         if len(layers) != len(sites):
             raise ParallelError(
-                f"{len(sites)} layers were recognized, {len(layers)} are routed sums of this graph: experts inside graphs of their "
-                "own (activation checkpointing) are not handled"
+                f"{len(sites)} layers were recognized, {len(layers)} are routed sums of this graph: experts inside graphs "
+                "of their own (activation checkpointing) are not handled"
             )
         taken: dict[fx.Node, fx.Node] = {}
         for layer, site in zip(layers, sites):
             self.found.append(_found(layer, site, origin, taken))
-        for holder, reader in taken.items():
+        for holder in taken:
             others = [u for u in _readers(holder) if u.target not in exchange.PRODUCTS]
             self.read.setdefault(origin[holder], []).extend(f"{target_name(u)} ({location(u)})" for u in others)
 
@@ -192,7 +192,7 @@ def _found(layer: exchange.Layer, site: Site, origin: dict[fx.Node, str], taken:
                 if len(set(own)) < len(own):
                     raise ParallelError(f"{own[0]} serves several experts of one layer; tied experts are not handled")
                 separate[tuple(own)] = None
-            elif (sizes := value(exchange.root(ws[0])[0]).shape)[0] != site.num_experts:  # type: ignore[union-attr]
+            elif (sizes := exchange.shape(exchange.root(ws[0])[0]))[0] != site.num_experts:
                 raise ParallelError(
                     f"{own[0]} is {tuple(sizes)}; its first dim is not that of the {site.num_experts} experts"
                 )

@@ -223,6 +223,13 @@ def _prepare(
     rank, ranks = int(mesh.get_local_rank()), int(mesh.size())
     group = mesh.get_group().group_name
     slots = rows_of(plan, found, ranks)
+    for layer, row in zip(found, slots):
+        idle = np.flatnonzero((row.reshape(ranks, -1) < 0).all(axis=1))
+        if layer.separate and len(idle):
+            raise ParallelError(
+                f"the plan leaves rank {idle[0]} without experts of {layer.name}, which are separate parameters; "
+                "give each rank one"
+            )
     layers, report = [], []
     for layer, row in zip(found, slots):
         first = model.get_parameter(layer.parameters[0])
@@ -300,7 +307,7 @@ def _traffic(layer: Found, weight: torch.Tensor, topology: Topology | None, rank
     links = [topology.link(0, g) for g in range(1, ranks)] if topology is not None else []
     bandwidth = min((link.bandwidth for link in links), default=450e9)
     latency = max((link.latency for link in links), default=2e-6)
-    return Traffic(tokens, layer.top_k, ranks, layer.d_model * weight.element_size(), bandwidth, latency)
+    return Traffic(tokens, layer.top_k, ranks, layer.d_model, weight.element_size(), bandwidth, latency)
 
 
 def _dispatcher(name: str | None, traffic: Traffic) -> Dispatcher:
@@ -320,8 +327,8 @@ def _shard(model: nn.Module, layer: Sharded, state: State) -> None:
         owners.setdefault(model.get_submodule(path), []).append(own)
     for name in layer.found.stacked:
         local.keep(model.get_parameter(name), experts)
-    for names in layer.found.separate:
-        for e, name in enumerate(names):
+    for each in layer.found.separate:
+        for e, name in enumerate(each):
             if e not in experts:
                 local.drop(model.get_parameter(name))
     # a module that owns parameters, since nobody iterates over the children of one as over a ModuleList's

@@ -7,11 +7,13 @@ Rank r computes a loss L_r on its own tokens. Without a further step
 
 `sync_gradients` makes both the gradient of one loss, on all ranks:
 
-    reduction="mean"   L = (L_1 + ... + L_R) / R      as DDP does. If L_r is a mean over the tokens of rank r, this is the mean over all
-                                                      tokens where ranks have equally many
-    reduction="sum"    L = L_1 + ... + L_R            if L_r is a sum over tokens, or one divided by the number of all ranks' tokens
+    reduction="mean"   L = (L_1 + ... + L_R) / R   as DDP does. If L_r is a mean over the tokens of rank r, this is the mean over
+                                                   all tokens only where ranks have equally many
+    reduction="sum"    L = L_1 + ... + L_R         for an L_r that is a sum over tokens, divided by one number on all ranks (for
+                                                   the mean: that of all their tokens)
 
-On a mesh of several dimensions, for instance ("dp", "ep"), R counts the ranks of all dimensions: experts are summed over the others too.
+On a mesh of several dimensions, for instance ("dp", "ep"), R counts the ranks of all dimensions, and experts are summed over the
+others too.
 Call it once, after the last backward before a step.
 """
 

@@ -1,4 +1,4 @@
-"""What the backend does with graphs of a parallelized model: dispatch and combine around each layer, or an error that says why not."""
+"""What the backend does with graphs of a parallelized model: tokens are exchanged around each layer, or an error says why not."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Spread:
 def spread(result: Result, options: Options) -> Spread:
     """Writes the exchange of tokens into all graphs of a result.
 
-    A graph for no tokens at all goes to "aot_eager": Inductor simplifies what is computed from empty gradients, and collectives of
-    the backward, which other ranks wait for, would run in the forward.
+    A graph for no tokens at all goes to "aot_eager": Inductor simplifies what is computed from empty gradients, and collectives
+    of the backward, which other ranks wait for, would run in the forward.
 
     Raises ParallelError where sharded weights are read by anything but a rewritten layer: there is no way to run that.
     """

@@ -1,12 +1,13 @@
 """What one rank keeps of a layer: its own experts, under the old names.
 
-    module.gate_up_proj            the Parameter that it was, now [slots of this rank, ...]
-    expert.up_proj.weight          an expert in one of this rank's slots: as it was; else a Parameter of the old shape without memory
+    module.gate_up_proj       the Parameter that it was, now [slots of this rank, ...]
+    expert.up_proj.weight     an expert in one of this rank's slots: as it was; else a Parameter of its shape without memory
 
-While moec traces, reading such an attribute gives `moec::logical(local, ...)` [E, ...] or `moec::resident(local, ...)`: the graph is
-that of the whole model, and says what is sharded. A property of the module's class does that, as in torch's own
+While moec traces, reading such an attribute gives `moec::logical(local, ...)` [E, ...] or `moec::resident(local, ...)`: the
+graph is that of the whole model, and says what is sharded. A property of the module's class does that, as in torch's own
 parametrizations; so the class is a subclass of the module's own, of the same name. In eager code the attribute is the Parameter;
-but calling the module, or one around it, raises, and so does code that reads the attribute in a call of moec's without being traced.
+but calling the module, or one around it, raises, and so does code that reads the attribute in a call of moec's without being
+traced.
 
 A remote expert's Parameter is one NaN seen at every index (stride 0): reading it is safe and shows, writing to it raises.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.decorators import skip_code
+from torch._dynamo.decorators import skip_code  # type: ignore[attr-defined]
 
 import moec.ops.exchange  # noqa: F401  (defines the markers)
 from moec.capture import frames
@@ -106,8 +107,8 @@ def _sharded(name: str, stacked: bool) -> property:
 def _check_read(module: nn.Module, callback: object) -> None:
     if callback and frames.is_ours(callback):
         raise ParallelError(
-            f"the experts of {type(module).__name__} are spread over ranks, and code that reads them runs without being traced: the "
-            'graph breaks around this layer. torch.compile(model, backend="moec", fullgraph=True) says where'
+            f"the experts of {type(module).__name__} are spread over ranks, and code that reads them runs without being traced: "
+            'the graph breaks around this layer. torch.compile(model, backend="moec", fullgraph=True) says where'
         )
 
 

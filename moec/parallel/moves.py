@@ -1,13 +1,13 @@
-"""`moec.rebalance`: another plan for a model that runs. Experts move between ranks, layer by layer; what the model computes stays.
+"""`moec.rebalance`: another plan for a model that runs. Experts move between ranks, layer by layer; what is computed stays.
 
     moec.rebalance(model, plan, optimizer)       # between two steps, on every rank
 
-Weights, gradients and the optimizer's state of an expert move together, in one all-to-all for each tensor; then the tables that the
-graph reads are overwritten. Storages stay, shapes stay, so nothing compiles again.
+Weights, gradients and the optimizer's state of an expert move together, in one all-to-all for each tensor; then the tables that
+the graph reads are overwritten. Storages stay, shapes stay, so nothing compiles again.
 
-Every rank checks the plan first and hears of the others' checks: one that fails leaves all as it was, on all ranks. A layer changes
-when all of it has arrived on all ranks; if a transfer fails, the layers before it have moved, it and those after it have not, and
-each layer still runs with the plan that it has.
+Every rank checks the plan first and hears of the others' checks: one that fails leaves all as it was, on all ranks. A layer
+changes when all of it has arrived on all ranks; if a transfer fails, the layers before it have moved, it and those after it have
+not, and each layer still runs with the plan that it has.
 
 Not handled: experts in separate parameters (the compiled code names those of a rank), another number of slots.
 """
@@ -44,8 +44,8 @@ def rebalance(
 
     optimizer   its state moves along; without it the state would stay with the wrong experts, so pass it if there is one
 
-    Raises ParallelError or PlacementError on every rank, with nothing changed, where the plan does not fit; ParallelError that names
-    rank and layer where a transfer fails.
+    Raises ParallelError or PlacementError on every rank, with nothing changed, where the plan does not fit; ParallelError that
+    names rank and layer where a transfer fails.
     """
     model = getattr(model, "_orig_mod", model)
     state = state_of(model)
@@ -72,8 +72,8 @@ def _prepare(state: State, plan: Plan | str | os.PathLike[str]) -> tuple[Plan, l
             )
         if len(row) != len(layer.slots):
             raise ParallelError(
-                f"the plan has {len(row)} slots in {layer.found.name}, which was parallelized with {len(layer.slots)}; solve with "
-                f"slots_per_gpu={len(layer.slots) // state.ranks}"
+                f"the plan has {len(row)} slots in {layer.found.name}, which was parallelized with {len(layer.slots)}; solve "
+                f"with slots_per_gpu={len(layer.slots) // state.ranks}"
             )
     return plan, rows
 
@@ -123,8 +123,8 @@ Routes = list[list[list[tuple[int, int]]]]  # [from][to]: (slot there, slot here
 
 
 def routes(old: np.ndarray, new: np.ndarray) -> Routes:
-    """From which rank each slot of `new` [R, n] is filled, given who has what in `old`: from its own, if it can be; else from the one
-    that has sent least so far. -1 is an empty slot, which nobody fills.
+    """From which rank each slot of `new` [R, n] is filled, given who has what in `old`: from its own, if it can be; else from the
+    one that has sent least so far. -1 is an empty slot, which nobody fills.
     """
     ranks = len(old)
     found: Routes = [[[] for _ in range(ranks)] for _ in range(ranks)]
