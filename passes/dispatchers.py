@@ -23,7 +23,6 @@ from typing import Protocol
 import torch
 from torch import fx
 
-
 from moec.ops import collectives
 
 OPS = torch.ops.moec
@@ -109,7 +108,7 @@ class AllGather:
 
     def sent(self, traffic: Traffic) -> float:
         back = traffic.width * max(traffic.itemsize, 4)  # sums of 16 bits travel in 32
-        return (traffic.ranks - 1) * traffic.tokens * (traffic.there + back)
+        return (traffic.ranks - 1) * (8 + traffic.tokens * (traffic.there + back))
 
     def seconds(self, traffic: Traffic) -> float:
         return 5 * traffic.latency + self.sent(traffic) / traffic.bandwidth
@@ -140,7 +139,8 @@ class AllToAll:
         return Channel(bring(slots), bring, back)
 
     def sent(self, traffic: Traffic) -> float:
-        return traffic.visited() * traffic.tokens * (traffic.there + traffic.width * traffic.itemsize)
+        back = traffic.width * traffic.itemsize
+        return 8 * (traffic.ranks - 1) + traffic.visited() * traffic.tokens * (traffic.there + back)
 
     def seconds(self, traffic: Traffic) -> float:
         return 6 * traffic.latency + self.sent(traffic) / traffic.bandwidth

@@ -1,7 +1,7 @@
-"""A layer on many ranks, of which only rank 0 exists (torch's fake process group): `python -m tests.parallel.many DISPATCHER [RANKS]`.
+"""A layer on many ranks, of which only rank 0 exists (torch's fake process group): `python -m tests.parallel.many DISPATCHER RANKS`.
 
-Prints as JSON what the forward graph that AOTAutograd sees sends, in bytes, for T tokens on every rank, and what the formula says;
-how many collectives there are; and the seconds it took to compile.
+Prints as JSON what the forward graph sends, in bytes, for T tokens on every rank, and what the formula says; how many collectives
+there are; and the seconds it took to compile.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Stop(Exception):
 
 
 def sent(graph: fx.Graph, ranks: int, rows: dict[str, float]) -> tuple[float, int]:
-    """(bytes that leave a rank, collectives). `rows`: how many rows a collective moves whose input has an unknown number of them."""
+    """(bytes that leave a rank, collectives). `rows`: how many a collective moves whose input has an unknown number of them."""
     total, count = 0.0, 0
     for node in graph.nodes:
         name = str(node.target)
