@@ -16,8 +16,10 @@ _PUBLIC = {
     "rewrite": "moec.pipeline",
     "granularity_of": "moec.granularity",
     "declare": "moec.declaration",
+    "parallelize": "moec.parallel",
+    "rebalance": "moec.parallel",
 }
-_SUBMODULES = ("nn", "ops", "placement", "scaling")
+_SUBMODULES = ("nn", "ops", "parallel", "placement", "scaling")
 
 __all__ = [*_PUBLIC, *_SUBMODULES]
 

@@ -23,6 +23,7 @@ from moec.config import Options, check_inner, check_mode, split
 from moec.errors import MoecError, StrictError
 from moec.fx import value
 from moec.ir import Site
+from moec.parallel.graphs import spread
 from moec.passes.bundle import bundle
 from moec.pipeline import Result, rewrite_graph
 
@@ -57,6 +58,8 @@ class Backend:
         check_inner(rest, ours.inner)
         check_mode(mode)
         result = self._rewrite(gm, ours)
+        spread_out = spread(result, ours)
+        ours, rest = (spread_out.options, {}) if spread_out.options is not ours else (ours, rest)
         left = capture.markers.marker_places(result.gm)
         if left:
             refused = [s for s in result.sites if s.status == "refused"]
@@ -76,7 +79,7 @@ class Backend:
             with nullcontext() if unknown else torch_defaults(result.gm):
                 return compile_inner(result.gm, example_inputs, ours, mode, rest)
         except Exception as fault:
-            if not unknown or ours.strict:
+            if not unknown or ours.strict or spread_out.layouts:
                 raise
             # a refused site whose sizes are unknown: without us the graph would have broken there
             capture.trace_plainly(f"{ours.inner} cannot compile it in one graph ({type(fault).__name__})")

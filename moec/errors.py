@@ -25,3 +25,7 @@ class DeclarationError(MoecError, RuntimeError):
 
 class DeclarationWarning(UserWarning):
     """In place of DeclarationError, where the promise was made with `on_refusal="warn"`."""
+
+
+class ParallelError(MoecError, RuntimeError):
+    """Experts that cannot be spread over the ranks of a mesh as asked, or are not where a plan says."""

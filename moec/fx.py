@@ -43,6 +43,12 @@ def is_assert(node: fx.Node) -> bool:
     return node.op == "call_function" and target_name(node) in ASSERTS
 
 
+def is_sharded(node: fx.Node) -> bool:
+    """Whether a node stands for a parameter that is spread over ranks: a marker of expert parallelism."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name in ("moec::logical", "moec::resident")
+
+
 def ambient_states(graph: fx.Graph) -> dict[fx.Node, Ambient]:
     """The state in force at each node. Before the first node it is the state in force now: Dynamo calls backends under it."""
     grad = torch.is_grad_enabled()

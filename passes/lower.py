@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensorMode
 
 from moec import ops as _ops  # noqa: F401  (defines torch.ops.moec)
 from moec.fx import value
@@ -82,6 +83,7 @@ class Emitter:
         if trace:
             node.meta["stack_trace"] = trace
         self.nodes.append(node)
+        node.meta["moec_proven"] = True  # what reads rows here treats each alone
         propagate(node)
         return node
 
@@ -222,17 +224,17 @@ def lower(graph: fx.Graph, detection: Detection, whole: Mapping[MoERegion, Feedf
     return done
 
 
-def propagate(node: fx.Node) -> None:
-    """Gives a new node its fake value, computed from those of its arguments, without adding guards."""
+def propagate(node: fx.Node, mode: FakeTensorMode | None = None) -> None:
+    """Gives a new node its fake value, computed from those of its arguments (whose mode it is), without adding guards."""
     inputs = [value(n) for n in node.all_input_nodes]
     fakes = [v for v in inputs if isinstance(v, torch._subclasses.FakeTensor)]
     for v in inputs:
         for item in v if isinstance(v, (tuple, list)) else ():
             if isinstance(item, torch._subclasses.FakeTensor):
                 fakes.append(item)
-    if not fakes:
+    if mode is None and not fakes:
         return
-    mode = fakes[0].fake_mode
+    mode = mode or fakes[0].fake_mode
     known: Any = value
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known)
     with mode, torch.no_grad():

@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 from torch import fx
 
-from moec.fx import ambient_states
+from moec.fx import ambient_states, is_sharded
 from moec.fx import value as fake_value
 from moec.passes.spelling import (
     CASTS,
@@ -58,6 +58,7 @@ class Values:
         self.position: dict[fx.Node, int] = {}
         self._now: dict[fx.Node, Arg] = {}
         self._same: dict[fx.Node, fx.Node] = {}  # result of an in-place call -> the node it was called on
+        self._sharded: dict[object, Term] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
             self._at = node
@@ -95,6 +96,11 @@ class Values:
             self._define(node, value, None)
         elif node.op == "output":
             return
+        elif is_sharded(node):  # a parameter, however often it is read
+            key = (node.target, node.args[0])
+            if key not in self._sharded:
+                self._sharded[key] = Term("placeholder", (str(node.args[0]),), (), _val(node))
+            self._define(node, self._sharded[key], None)
         elif node.op in ("call_function", "call_method"):
             self._call(node)
         else:

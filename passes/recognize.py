@@ -10,8 +10,9 @@ recognized here must mean *exactly* what `moec.ops.experts` says, rounding apart
 from __future__ import annotations
 
 import torch
+from torch import fx
 
-from moec.fx import value
+from moec.fx import is_sharded, value
 from moec.ir import (
     Apply,
     ExpertRows,
@@ -70,6 +71,8 @@ def _uniform(found: Feedforward, region: MoERegion) -> bool:
     parameters = [_first(theta) for theta in found.parameters if theta is not None]
     if x is None or x.dim() != 2 or any(p is None or p.dtype != x.dtype for p in parameters):
         return False
+    if any(is_sharded(node) for theta in found.parameters if theta is not None for node in _nodes(theta)):
+        return False  # the exchange of tokens comes between the steps
     if dict(region.autocast).get(x.device.type, x.dtype) != x.dtype or region.out_dtype != x.dtype:
         return False
     if found.scale is None:
@@ -221,6 +224,12 @@ def _width(expr: object) -> int | None:
 def _columns(product: GroupedLinear) -> int:
     weight = _first(product.weight)
     return int(weight.shape[-1 if product.transposed else -2]) if weight is not None else -1
+
+
+def _nodes(theta: Theta) -> tuple[fx.Node, ...]:
+    if isinstance(theta, Separate):
+        return theta.values
+    return (theta.value.node,) if isinstance(theta.value, Outer) else ()
 
 
 def _first(theta: Theta) -> torch.Tensor | None:

@@ -145,7 +145,7 @@ class Experts(nn.Module):
     def _whole(self, x_TD: Tensor, offsets_E: Tensor, slots: Slots) -> Tensor:
         up, down = self.up_proj, self.down_proj
         weights: tuple[list[Tensor], ...] = ([], [up.weight], [down.weight])
-        biases: list[list[Tensor]] = [[], *([] if m.bias is None else [m.bias] for m in (up, down))]
+        biases = ([], *[[m.bias] if m.bias is not None else [] for m in (up, down)])
         routing = (slots.order, slots.inverse, offsets_E)
         kind = (slots.top_k, self.body.activation, "halves" if self.body.gated else "none", False, False)
         out: Tensor = ops.experts(x_TD, *routing, slots.weights, *weights, *biases, *kind, x_TD.dtype)

@@ -34,6 +34,9 @@ def combine(y: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, slots_pe
     positions = inverse.view(-1, slots_per_row)
     valid = positions < offsets[-1]
     total = y.new_zeros((positions.shape[0], *y.shape[1:]), dtype=accumulation_dtype(y.dtype))
+    if y.shape[0] < inverse.shape[0]:  # rows of the tail were left out
+        y = torch.cat([y, y.new_zeros((1, *y.shape[1:]))])
+        positions = positions.clamp(max=y.shape[0] - 1)
     for j in range(slots_per_row):
         rows = y[positions[:, j]]
         total += rows.masked_fill(~_column(valid[:, j], rows), 0)

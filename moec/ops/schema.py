@@ -75,7 +75,9 @@ def _check_dispatch(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, 
 
 
 def _check_combine(y: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, slots_per_row: int) -> None:
-    _check_rows("combine", y, 1, inverse, slots_per_row)
+    _check_rows("combine", y, 1, order, 1)
+    if isinstance(inverse.shape[0], int) and inverse.shape[0] % slots_per_row:
+        _refuse("combine", f"{inverse.shape[0]} slots", f"a multiple of slots_per_row={slots_per_row}")
 
 
 def _check_experts(op: str, what: str, tensors: Sequence[Tensor], stacked: bool, num_experts: IntLikeType) -> None:
