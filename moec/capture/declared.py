@@ -17,6 +17,9 @@ from moec.ir import Problem, Site
 from . import markers, promises
 
 
+_UP, _UP_BIAS, _GATING = 6, 9, 13  # among the arguments of `moec::experts`
+
+
 def take_declarations(
     gm: fx.GraphModule, copy: Callable[[fx.GraphModule], fx.GraphModule]
 ) -> tuple[fx.GraphModule, list[tuple[int, Site]], list[str]]:
@@ -44,7 +47,7 @@ def take_declarations(
 def _site(marker: fx.Node, after: list[fx.Node]) -> Site:
     site = markers.declared_site(marker)
     site.within = promises.around(marker)
-    products = (n for n in after if n.op == "call_function" and target_name(n) == "grouped_linear")
+    products = (n for n in after if n.op == "call_function" and target_name(n) in ("grouped_linear", "experts"))
     problem = _problem(site, next(products, None))
     site.strategy = schedule.describe(problem) if problem is not None else None
     return site
@@ -54,15 +57,16 @@ def _problem(site: Site, product: fx.Node | None) -> Problem | None:
     """The first product after the marker says on what kind of weights, and how many rows, the layer works."""
     if product is None or site.num_experts is None or site.d_model is None or site.d_expert is None:
         return None
-    x, weights = product.args[:2]
+    whole = target_name(product) == "experts"
+    x, weights = product.args[0], product.args[_UP if whole else 1]
     rows = value(x) if isinstance(x, fx.Node) else None
     first = weights[0] if isinstance(weights, (list, tuple)) else None
     weight = value(first) if isinstance(first, fx.Node) else None
     if not isinstance(rows, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
-    slots = rows.shape[0]
+    per_token = 1 if whole else site.top_k
     return Problem(
-        num_tokens=slots // site.top_k if site.top_k and isinstance(slots, int) else None,
+        num_tokens=rows.shape[0] // per_token if per_token and isinstance(rows.shape[0], int) else None,
         top_k=site.top_k,
         num_experts=site.num_experts,
         d_model=site.d_model,
@@ -71,6 +75,7 @@ def _problem(site: Site, product: fx.Node | None) -> Problem | None:
         device=weight.device.type,
         training=torch.is_grad_enabled(),
         stacked=weight.ndim == 3,
-        bias=len(product.args) > 2 and bool(product.args[2]),
+        bias=bool(product.args[_UP_BIAS if whole else 2]) if len(product.args) > 2 else False,
         granularity=site.granularity,
+        gating=str(product.args[_GATING]) if whole else None,
     )
