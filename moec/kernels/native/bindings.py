@@ -2,16 +2,17 @@
 
 Shape letters as in `moec.ops.reference`: T tokens, K slots per row, S = T*K slots, E experts, D model width, F expert width.
 
-`gate`, `up` and `down` are lists: one stacked tensor [E, ...], or E tensors, anywhere in memory. With gating "none", "halves" and
-"interleaved" `gate` is empty and `up` holds [F, D] or, with gate and up in one weight, [2F, D]; with "separate" both hold [F, D]; `down`
-holds [D, F]. Where `*_transposed`, the last two dimensions are swapped. Biases: empty, one [E, N], or E of [N], `gate_bias` with
-"separate" only.
+`gate`, `up` and `down` are lists: one stacked tensor [E, ...], or E tensors, anywhere in memory. With gating "none",
+"halves" and "interleaved" `gate` is empty and `up` holds [F, D] or, with gate and up in one weight, [2F, D]; with
+"separate" both hold [F, D]; `down` holds [D, F]. Where `*_transposed`, the last two dimensions are swapped. Biases: empty,
+one [E, N], or E of [N]; `gate_bias` with "separate" only.
 
     pre_p = x[token] W_up.T + b     [S, F] or [S, 2F], in the order of the weight's outputs ("separate": gate first)
     h_p   = act(gate_p) * up_p, or act(pre_p)
     out_t = sum over the slots of t of scale * (h_p W_down.T + b)
 
-All sums are in float32; h and out are rounded once to the dtype of x. A token's slots are added in the order of their experts.
+All sums are in float32; h and out are rounded once to the dtype of x. A token's slots are added in the order of their
+experts.
 """
 
 from __future__ import annotations
@@ -123,8 +124,9 @@ def backward(
 ) -> tuple[Tensor | None | list[Tensor | None], ...]:
     """-> gradients of x, scale (None where not needed), and lists for gate, up, down, gate_bias, up_bias, down_bias.
 
-    `grad` [T, D] is that of out, `pre` what `forward` kept. `needs`: for each of these eight whether it is needed, or for each tensor
-    of the list. A stack has one gradient, separate weights one each with storage of its own, zeros for an expert without rows.
+    `grad` [T, D] is that of out, `pre` what `forward` kept. `needs`: for each of these eight whether it is needed, or for each
+    tensor of the list. A stack has one gradient, separate weights have one each with storage of its own; zeros for an expert
+    without rows.
     """
     layer = Layer.of(x, order, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row, gating,
                      up_transposed, down_transposed)  # fmt: skip
