@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -355,6 +356,15 @@ def test_the_same_bits_whatever_the_threads(dtype: torch.dtype, tokens: int) -> 
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
     assert torch.equal(results[0][0], results[0][1])
+
+
+@needs_library
+def test_calls_from_several_python_threads() -> None:
+    layer = make(Case(tokens=50, d_model=128, d_expert=96))
+    expected, _ = forward(layer)
+    with ThreadPoolExecutor(3) as pool:
+        for out, _ in pool.map(lambda _: forward(layer), range(30)):
+            assert torch.equal(out, expected)
 
 
 @needs_library
