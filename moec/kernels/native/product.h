@@ -203,9 +203,10 @@ void multiply(const Word* tile, const Word* panel, long lines, float* sums, Ahea
 template <class T>
 void multiply(long rows, const Word* tile, const Word* panel, long lines, float* sums, Ahead& ahead) {
   using Kernel = void (*)(const Word*, const Word*, long, float*, Ahead&);
+  using W = typename T::Words;
   static constexpr Kernel kernels[TILE] = {
-      multiply<T, 1>, multiply<T, 2>, multiply<T, 3>, multiply<T, 4>,  multiply<T, 5>,  multiply<T, 6>,
-      multiply<T, 7>, multiply<T, 8>, multiply<T, 9>, multiply<T, 10>, multiply<T, 11>, multiply<T, 12>};
+      multiply<W, 1>, multiply<W, 2>, multiply<W, 3>, multiply<W, 4>,  multiply<W, 5>,  multiply<W, 6>,
+      multiply<W, 7>, multiply<W, 8>, multiply<W, 9>, multiply<W, 10>, multiply<W, 11>, multiply<W, 12>};
   kernels[rows - 1](tile, panel, lines, sums, ahead);
 }
 
