@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/native.py --shapes 1024,256,256,8 --tokens 16 256 2048 --json native.json
     OMP_NUM_THREADS=2 python benchmarks/native.py --backward
 
-Both compute the same SwiGLU experts on the same routing, outputs (and gradients) are compared before anything is timed, repetitions
-are interleaved, times are medians. The roofline of a cell is the larger of its FLOPs at the rate of one large GEMM and its bytes
-(weights of the experts that have rows, once; gradients of all weights, once) at the bandwidth of a sum over a large tensor.
+Both compute the same SwiGLU experts on the same routing; outputs (and gradients) are compared before anything is timed;
+repetitions are interleaved and times are medians. The roofline of a cell is the larger of its FLOPs at the rate of one
+large GEMM and its bytes (weights of the experts that have rows, once; backward once more, and gradients of all weights,
+once) at the bandwidth of a sum over a large tensor. Weights that stay in a cache between repetitions beat it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,12 @@ def bundle(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Bundled | No
     """The graph with its separate parameters in bundles; None where there are none. `gm` is not changed."""
     position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     alone = _only_experts(gm, position)
-    layers = [node for node in gm.graph.nodes if node.target is EXPERTS and _fit(node, alone)]
+    layers = [node for node in gm.graph.nodes if node.target is EXPERTS]
+    while layers != (fit := [node for node in layers if _fit(node, alone)]):
+        layers = fit
+        alone = {
+            p for p in alone if all(user in layers for user in p.users)
+        }  # a layer that stays reads them as they are
     if not layers or len(position) != len(example_inputs):
         return None
     graph = fx.Graph()

@@ -154,10 +154,15 @@ def canonical_name(node: fx.Node) -> tuple[str, bool, bool]:
         name = getattr(target, "__name__", "")
     elif target is getattr:
         return str(node.args[1]), False, str(node.args[1]) in ("T", "mT", "data")
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        space, name = target._qualified_op_name.split("::")
+        if space not in ("aten", "prims"):
+            full = target._qualified_op_name
+            if full not in FOREIGN:
+                return full, False, False
+            name = FOREIGN[full]
     elif _is_torch(target):
         name = getattr(target, "__name__", str(target))
-    elif isinstance(target, torch._ops.OpOverloadPacket):
-        name = target.__name__
     else:
         return str(target), False, False
     if name in INPLACE_OPERATORS:

@@ -281,11 +281,12 @@ def test_entries_go_with_their_bundle() -> None:
     assert int(bundle.tie([parameters], grad=True)[0]) != int(key)
     stood.backward(torch.arange(24.0).view(4, 3, 2))
     assert torch.equal(parameters[2].grad, torch.arange(12.0, 18.0).view(3, 2))  # type: ignore[arg-type]
-    del bundle, stood
+    number = key.clone()
+    del bundle, stood, key
     gc.collect()
     assert len(bundles._entries) == before
     with pytest.raises(RuntimeError, match="is gone"):
-        bundles.resolve(key, unwritten=False)
+        bundles.resolve(number, unwritten=False)
 
 
 def test_no_parameter_is_kept_alive() -> None:

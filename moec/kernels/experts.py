@@ -58,7 +58,9 @@ def _arguments(layer: Layer) -> tuple[Any, ...]:
 
 def _strategy(x: Tensor, layer: Layer, out_dtype: torch.dtype, training: bool) -> str:
     routing, _, body = layer
-    if out_dtype != x.dtype:
+    width = body.down[0].shape[-1 if body.down_transposed else -2]
+    one_sided = body.gating == "separate" and bool(body.gate_bias) != bool(body.up_bias)
+    if out_dtype != x.dtype or width != x.shape[1] or one_sided:  # what the library does not know
         return "composed"
     problem = Problem(
         num_tokens=x.shape[0],

@@ -10,7 +10,8 @@ Kernels never read it: they `resolve` the key, an ordinary tensor, so that savin
 unpacking what was saved, keeps its meaning. As autograd does for what it saves, a backward checks that no parameter was
 written meanwhile.
 
-An entry lives as long as its bundle refers to it or a backward may still need it; it holds no parameter alive.
+An entry lives as long as its bundle refers to it, and with its parameters as long as a key of it or a backward does: a bundle
+alone keeps no parameter alive.
 """
 
 from __future__ import annotations
@@ -35,9 +36,14 @@ class _Entry:
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         self.groups = [[weakref.ref(t) for t in group] for group in groups]
         self.versions = versions(groups)
-        number = next(_numbers)
-        self.key = torch.tensor([number])
-        _entries[number] = self
+        self.number = next(_numbers)
+        _entries[self.number] = self
+
+    def key(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
+        """int64 [1]. As long as it lives, in a call or among what a graph has saved, so do this entry and its parameters."""
+        key = torch.tensor([self.number])
+        key.held = (self, groups)  # type: ignore[attr-defined]
+        return key
 
     def is_for(self, groups: Sequence[Sequence[Tensor]]) -> bool:
         same = all(r() is t for refs, group in zip(self.groups, groups) for r, t in zip(refs, group))
@@ -70,7 +76,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, entry: _Entry, sizes: tuple[int, ...], *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.entry, ctx.sizes = entry, sizes
+        ctx.held, ctx.sizes = (entry, parameters), sizes
         ctx.set_materialize_grads(False)
         firsts = (parameters[i] for i in itertools.accumulate((0, *sizes[:-1])))
         return tuple(stand_in(t, n) for t, n in zip(firsts, sizes))
@@ -96,11 +102,12 @@ class Bundle:
 
     def tie(self, groups: Sequence[Sequence[Tensor]], grad: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The key, and for each group of E tensors a stand-in [E, ...]; with `grad` a gradient of it reaches the parameters."""
-        if self._entry is None or not self._entry.is_for(groups):
-            self._entry = _Entry(groups)
-        sizes = tuple(map(len, groups))
+        entry = self._entry
+        if entry is None or not entry.is_for(groups):
+            self._entry = entry = _Entry(groups)  # another thread may put its own here meanwhile
+        key, sizes = entry.key(groups), tuple(map(len, groups))
         if grad:
             parameters = itertools.chain.from_iterable(groups)
-            stand_ins: tuple[Tensor, ...] = _Tie.apply(self._entry, sizes, *parameters)
-            return self._entry.key, stand_ins
-        return self._entry.key, tuple(stand_in(group[0], n) for group, n in zip(groups, sizes))
+            stand_ins: tuple[Tensor, ...] = _Tie.apply(entry, sizes, *parameters)
+            return key, stand_ins
+        return key, tuple(stand_in(group[0], n) for group, n in zip(groups, sizes))

@@ -86,11 +86,18 @@ inline __m512 derivative(Activation kind, __m512 x) {
       __m512 slope = _mm512_mul_ps(all(1.59576912f), _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(0.134145f), one));
       return _mm512_fmadd_ps(_mm512_mul_ps(x, slope), _mm512_mul_ps(s, _mm512_sub_ps(one, s)), s);
     }
-    case RELU: return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero, _CMP_GT_OQ), one);
     case RELU2: return _mm512_mul_ps(all(2.f), _mm512_max_ps(zero, x));
+    case RELU:
     case IDENTITY: break;
   }
   return one;
+}
+
+// Of the pre-activation x, from that of the activation. Where relu is flat nothing passes, not even infinity; where x is NaN all does.
+inline __m512 gradient(Activation kind, __m512 grad, __m512 x) {
+  const __m512 product = kind == RELU ? grad : _mm512_mul_ps(grad, derivative(kind, x));
+  if (kind != RELU && kind != RELU2) return product;
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), product);
 }
 
 }  // namespace moec

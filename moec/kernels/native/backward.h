@@ -55,16 +55,27 @@ void pack_rows(Word* to, long pitch, const Side<T>& side, const int32_t* tokens,
 template <class T, class Each>
 [[gnu::always_inline]] inline void outer(const Word* left, const Word* right, long words, Each&& each) {
   __m512 acc[8][2];
+  alignas(64) float kept[16 * 16];  // the sums of earlier chunks
+  for (long w = 0;;) {
+    const bool first = w == 0;
+    const long end = words - w < CHUNK * 16 ? words : w + CHUNK * 16;
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) (&acc[0][0])[i] = _mm512_setzero_ps();
-  for (long w = 0; w < words; w++, left += 16, right += PANEL) {
-    __m512i b0 = _mm512_load_si512(right), b1 = _mm512_load_si512(right + 16);
+    for (int i = 0; i < 16; i++) (&acc[0][0])[i] = _mm512_setzero_ps();
+    for (; w < end; w++, left += 16, right += PANEL) {
+      __m512i b0 = _mm512_load_si512(right), b1 = _mm512_load_si512(right + 16);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      __m512i a = _mm512_set1_epi32(left[i]);
-      acc[i][0] = T::dot(acc[i][0], a, b0);
-      acc[i][1] = T::dot(acc[i][1], a, b1);
+      for (int i = 0; i < 8; i++) {
+        __m512i a = _mm512_set1_epi32(left[i]);
+        acc[i][0] = T::dot(acc[i][0], a, b0);
+        acc[i][1] = T::dot(acc[i][1], a, b1);
+      }
     }
+    if (!first)
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) (&acc[0][0])[i] = _mm512_add_ps((&acc[0][0])[i], _mm512_load_ps(kept + i * 16));
+    if (w >= words) break;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_store_ps(kept + i * 16, (&acc[0][0])[i]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) each(i, acc[i][0], acc[i][1]);
@@ -216,7 +227,7 @@ struct Backward {
     read_pre(p, f, n, gate, up);
     const __m512 act = activate(kind, gate), h = c.gated ? _mm512_mul_ps(act, up) : act;
     const __m512 dh = _mm512_mul_ps(all(rows.scale[p]), g);
-    const __m512 d_gate = _mm512_mul_ps(c.gated ? _mm512_mul_ps(dh, up) : dh, derivative(kind, gate));
+    const __m512 d_gate = gradient(kind, c.gated ? _mm512_mul_ps(dh, up) : dh, gate);
     Word* to = d_pre + from * pre_lines * 16;
     T::keep(cell<T>(to, size, r, f), d_gate);
     if (c.gated) T::keep(cell<T>(to, size, r, up_column + f), _mm512_mul_ps(dh, act));

@@ -2,16 +2,17 @@
 
 Shape letters as in `moec.ops.reference`: T tokens, K slots per row, S = T*K slots, E experts, D model width, F expert width.
 
-`gate`, `up` and `down` are lists: one stacked tensor [E, ...], or E tensors, anywhere in memory. With gating "none", "halves" and
-"interleaved" `gate` is empty and `up` holds [F, D] or, with gate and up in one weight, [2F, D]; with "separate" both hold [F, D]; `down`
-holds [D, F]. Where `*_transposed`, the last two dimensions are swapped. Biases: empty, one [E, N], or E of [N], `gate_bias` with
-"separate" only.
+`gate`, `up` and `down` are lists: one stacked tensor [E, ...], or E tensors, anywhere in memory. With gating "none",
+"halves" and "interleaved" `gate` is empty and `up` holds [F, D] or, with gate and up in one weight, [2F, D]; with
+"separate" both hold [F, D]; `down` holds [D, F]. Where `*_transposed`, the last two dimensions are swapped. Biases: empty,
+one [E, N], or E of [N]; `gate_bias` with "separate" only.
 
     pre_p = x[token] W_up.T + b     [S, F] or [S, 2F], in the order of the weight's outputs ("separate": gate first)
     h_p   = act(gate_p) * up_p, or act(pre_p)
     out_t = sum over the slots of t of scale * (h_p W_down.T + b)
 
-All sums are in float32; h and out are rounded once to the dtype of x. A token's slots are added in the order of their experts.
+All sums are in float32; h and out are rounded once to the dtype of x. A token's slots are added in the order of their
+experts.
 """
 
 from __future__ import annotations
@@ -124,9 +125,9 @@ def backward(
 ) -> tuple[Tensor | None | list[Tensor | None], ...]:
     """-> gradients of x, scale (None where not needed), and lists for gate, up, down, gate_bias, up_bias, down_bias.
 
-    `grad` [T, D] is that of out, `pre` what `forward` kept. `needs`: for each of these eight whether it is needed, or for each tensor
-    of the list. A stack has one gradient, separate weights one each with storage of its own, or with `stack` one for all of a list, in
-    one tensor [E, ...]; zeros for an expert without rows.
+    `grad` [T, D] is that of out, `pre` what `forward` kept. `needs`: for each of these eight whether it is needed, or for each
+    tensor of the list. A stack has one gradient, separate weights have one each with storage of its own, or with `stack` one
+    for all of a list, in one tensor [E, ...]; zeros for an expert without rows.
     """
     layer = Layer.of(x, order, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row, gating,
                      up_transposed, down_transposed)  # fmt: skip
@@ -198,10 +199,13 @@ class Layer:
         at, strides = _weights(up, up_transposed, alive)
         gate_at, gate_strides = _weights(gate, up_transposed, alive) if gate else (None, strides)
         if gate_strides != strides:
-            raise ValueError(f"moec native: gate and up lie in memory differently: {gate_strides} and {strides}")
+            at, strides = _weights([w.contiguous() for w in up], up_transposed, alive)
+            gate_at, _ = _weights([w.contiguous() for w in gate], up_transposed, alive)
         gate_at, up_at, strides = _split(gate_at, at, strides, gating, d_expert, size)
         assert up_at is not None
-        biases = [_pointers(b, 2, alive) if b else None for b in (gate_bias, up_bias, down_bias)]
+        biases = [
+            _pointers([t.contiguous() for t in b], 2, alive) if b else None for b in (gate_bias, up_bias, down_bias)
+        ]
         biases[0], biases[1], _ = _split(biases[0], biases[1], (1, 0), gating, d_expert, size)
         return Layer(
             x=x.contiguous(),
@@ -266,7 +270,8 @@ def _check(
 
 def _weights(weights: Sequence[Tensor], transposed: bool, alive: list[object]) -> tuple[Pointers, tuple[int, int]]:
     """Pointers, and the strides (out, in) that all have. What has no stride of 1 in its last two dimensions is copied."""
-    if any(1 not in _strides(w, False) for w in weights) or len({_strides(w, False) for w in weights}) > 1:
+    strides = {_strides(w, False) for w in weights}
+    if len(strides) > 1 or not all(1 in s and 0 not in s for s in strides):
         weights = [w.contiguous() for w in weights]
     return _pointers(weights, 3, alive), _strides(weights[0], transposed)
 

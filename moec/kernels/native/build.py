@@ -1,10 +1,10 @@
 """From `*.cpp` to a loaded library: compiled once per (sources, compiler, flags, processor) and user, cached on disk.
 
-The library has a plain C interface and no torch header, so it compiles in seconds and outlives torch's ABI. Its threads are those
-of the OpenMP runtime that torch has loaded; a second one in the process would fight over the cores.
+The library has a plain C interface and no torch header, so it compiles in seconds and outlives torch's ABI. Its threads are
+those of the OpenMP runtime that torch has loaded; a second one in the process would fight over the cores.
 
-A cache entry is the library followed by its SHA-256: loading a truncated one would not fail but kill the process. Entries are written under
-another name and renamed, so that processes may build at once.
+A cache entry is the library followed by its SHA-256: loading a truncated one would not fail but kill the process. Entries
+are written under another name and renamed, so that processes may build at once.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ struct Item {
 };
 
 // All (expert, rows, columns) in pieces of which each thread gets about eight. What is computed does not depend on the pieces.
-// `row_bytes`: of a row in tiles; those of one piece should fit in half of the L2 cache.
+// `row_bytes`: of a row in tiles; those of one piece fit in half of the L2 cache, but weights are not packed for less than 192 rows.
 inline std::vector<Item> divide(const Call& c, long columns, long row_bytes) {
   constexpr long CACHE = 512 << 10, LOADING = 24;  // loading weights costs as much as multiplying 24 rows
   auto cost = [&](long rows) { return rows > LOADING ? rows : LOADING; };
@@ -84,7 +84,7 @@ inline std::vector<Item> divide(const Call& c, long columns, long row_bytes) {
   for (long e = 0; e < c.experts; e++)
     if (long rows = expert_rows(c, e)) total += cost(rows) * columns;
   const long share = c.threads > 1 ? total / (8 * c.threads) : total;
-  const long tiles_at_once = CACHE / (row_bytes * TILE) > 1 ? CACHE / (row_bytes * TILE) : 1;
+  const long tiles_at_once = std::max(16L, CACHE / (row_bytes * TILE));
   std::vector<Item> items;
   for (long e = 0; e < c.experts; e++) {
     const long tiles = Tiling{expert_rows(c, e)}.count(), blocks = ceil_div(tiles, tiles_at_once);

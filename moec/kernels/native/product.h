@@ -17,6 +17,7 @@ constexpr long TILE = 12;   // rows
 constexpr long PANEL = 32;  // columns
 constexpr long LATER = 16;  // rows of k between reading and fetching
 constexpr long FEW = 8;     // rows that are not worth a panel
+constexpr long CHUNK = 16;  // lines that are summed in one go: long sums of float in parts, or they would err more than eager's
 
 // R rows as nearly equal tiles.
 struct Tiling {
@@ -203,10 +204,18 @@ void multiply(const Word* tile, const Word* panel, long lines, float* sums, Ahea
 template <class T>
 void multiply(long rows, const Word* tile, const Word* panel, long lines, float* sums, Ahead& ahead) {
   using Kernel = void (*)(const Word*, const Word*, long, float*, Ahead&);
+  using W = typename T::Words;
   static constexpr Kernel kernels[TILE] = {
-      multiply<T, 1>, multiply<T, 2>, multiply<T, 3>, multiply<T, 4>,  multiply<T, 5>,  multiply<T, 6>,
-      multiply<T, 7>, multiply<T, 8>, multiply<T, 9>, multiply<T, 10>, multiply<T, 11>, multiply<T, 12>};
-  kernels[rows - 1](tile, panel, lines, sums, ahead);
+      multiply<W, 1>, multiply<W, 2>, multiply<W, 3>, multiply<W, 4>,  multiply<W, 5>,  multiply<W, 6>,
+      multiply<W, 7>, multiply<W, 8>, multiply<W, 9>, multiply<W, 10>, multiply<W, 11>, multiply<W, 12>};
+  kernels[rows - 1](tile, panel, lines < CHUNK ? lines : CHUNK, sums, ahead);
+  alignas(64) float more[TILE * PANEL];
+  for (long line = CHUNK; line < lines; line += CHUNK) {
+    const long n = lines - line < CHUNK ? lines - line : CHUNK;
+    kernels[rows - 1](tile + line * rows * 16, panel + line * 16 * PANEL, n, more, ahead);
+    for (long i = 0; i < rows * PANEL; i += 16)
+      _mm512_store_ps(sums + i, _mm512_add_ps(_mm512_load_ps(sums + i), _mm512_load_ps(more + i)));
+  }
 }
 
 // The same for few rows and half a panel, read where it lies: some columns at a time, in memory order.

@@ -63,6 +63,7 @@ inline void store_pairs(E* p, long n, __m512 a, __m512 b) {
 struct Float32 {
   using Element = float;
   using Kept = float;
+  using Words = Float32;  // whose words these are: what only multiplies is compiled for that
   static constexpr long per_word = 1, per_line = 16;
   static __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
@@ -96,6 +97,7 @@ struct Float16 : Float32 {
 struct BFloat16 {
   using Element = bf16;
   using Kept = bf16;
+  using Words = BFloat16;
   static constexpr long per_word = 2, per_line = 32;
   static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
   static __m512i full_line(const bf16* p) { return _mm512_loadu_si512(p); }
