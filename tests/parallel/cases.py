@@ -115,6 +115,7 @@ def train(
     dtype: str = "float32",
     dp: bool = False,
     seq: int = 9,
+    ddp: bool = False,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Forward, loss and backward on all ranks, against one process with all sequences; batches: sequences of each rank."""
@@ -129,14 +130,15 @@ def train(
     routers = hf.routers(model)
     made = make_plan(plan, len(routers), routers[0].num_experts, expert_mesh.size())
     report = moec.parallelize(model, expert_mesh, made, dispatcher=dispatcher)
-    compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
+    call = nn.parallel.DistributedDataParallel(model) if ddp else model
+    compiled = torch.compile(call, backend="moec", options={"moec.inner": inner}, fullgraph=not ddp)
     with hf.recorded_choices(model) as choices, counted() as ran:
         logits = compiled(**own).logits
-        share = logits.shape[0] / sum(batches)
+        share = logits.shape[0] / sum(batches) if not ddp else 1  # DDP averages: equal batches, each its own mean
         loss = hf.loss_of(logits, own) * share if logits.numel() else logits.sum()
         loss.backward()
-    moec.parallel.sync_gradients(model, whole, reduction="sum")
-    total = loss.detach().clone().float()
+    moec.parallel.sync_gradients(model, whole, reduction="mean" if ddp else "sum", experts_only=ddp)
+    total = loss.detach().clone().float() / (mesh.size() if ddp else 1)
     dist.all_reduce(total)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, choices)
@@ -501,4 +503,6 @@ def misused(mesh: DeviceMesh) -> dict[str, str]:
     want = layer_of("hit_stacked")(x)
     got = torch.compile(model, backend="moec", options={"moec.inner": "eager"})(x)
     torch.testing.assert_close(got, want)  # and after all that it works as before
+    torch._dynamo.reset()
+    found["explain"] = str(moec.explain(model, x))
     return found

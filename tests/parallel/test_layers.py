@@ -1,4 +1,4 @@
-"""One layer in float64: every way to write a dispatch, ranks without tokens, experts without tokens, experts that do not divide."""
+"""One layer in float64: every way to write a dispatch, ranks and experts without tokens, experts that do not divide."""
 
 from typing import Any
 
