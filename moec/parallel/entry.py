@@ -54,9 +54,8 @@ class Sharded:
     def refresh(self, rank: int, ranks: int) -> None:
         """Writes the plan into the tables that the graph reads."""
         width = self.tables.copies.shape[1]
-        self.tables.copies.copy_(torch.from_numpy(local.copies_of(self.slots, self.found.num_experts, width)))
-        shared = local.shared_of(self.slots, self.found.num_experts, self.spare, rank, ranks)
-        self.tables.shared.copy_(torch.from_numpy(shared))
+        copies = local.copies_of(self.slots, self.found.num_experts, width)
+        self.tables.show(copies, local.shared_of(self.slots, self.found.num_experts, self.spare, rank, ranks))
 
 
 @dataclass(eq=False)

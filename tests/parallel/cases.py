@@ -181,37 +181,41 @@ def one_layer(
     inner: str = "aot_eager",
     changes: dict[str, Any] | None = None,
     prepare: str | None = None,
+    more: list[list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Value, gradient of x and of every parameter, against one process with all tokens; counts: tokens of each rank."""
+    """Value, gradient of x and of every parameter, against one process with all tokens. counts: tokens of each
+    rank; more: those of later calls.
+    """
     rank = mesh.get_local_rank()
     model, plain = (layer_of(kind, **(changes or {})) for _ in range(2))
     if prepare:
         for m in (model, plain):
             PREPARATIONS[prepare](m)
-    every = layers.tokens(sum(counts))
-    begin = sum(counts[:rank])
-    own = every[begin : begin + counts[rank]]
     experts = model.num_experts if hasattr(model, "num_experts") else layers.E
     made = make_plan(plan, 1, experts, mesh.size())
     moec.parallelize(model, mesh, made, args=(layers.tokens(7),), dispatcher=dispatcher)
     compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
-    x = own.detach().clone().requires_grad_()
-    with counted() as ran:
-        out = compiled(x)
-        probe = torch.cos(torch.arange(every.numel(), dtype=torch.float64)).view(every.shape)
-        out.backward(probe[begin : begin + counts[rank]])
-    moec.parallel.sync_gradients(model, reduction="sum")
-    ref = layers.run(plain, plain, every)
-    torch.testing.assert_close(out.detach(), ref.logits[begin : begin + counts[rank]])
-    torch.testing.assert_close(x.grad, ref.grads["x"][begin : begin + counts[rank]])
-    for name, p in model.named_parameters():
-        want = mine(model, name, ref.grads[name])
-        got = p.grad
-        if want is None or got is None:
-            assert want is None or not want.any(), name
-            assert got is None or not got.any(), name
-        else:
-            torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+    for sizes in (counts, *(more or [])):
+        every = layers.tokens(sum(sizes))
+        begin = sum(sizes[:rank])
+        x = every[begin : begin + sizes[rank]].detach().clone().requires_grad_()
+        model.zero_grad()
+        with counted() as ran:
+            out = compiled(x)
+            probe = torch.cos(torch.arange(every.numel(), dtype=torch.float64)).view(every.shape)
+            out.backward(probe[begin : begin + sizes[rank]])
+        moec.parallel.sync_gradients(model, reduction="sum")
+        ref = layers.run(plain, plain, every)
+        torch.testing.assert_close(out.detach(), ref.logits[begin : begin + sizes[rank]])
+        torch.testing.assert_close(x.grad, ref.grads["x"][begin : begin + sizes[rank]])
+        for name, p in model.named_parameters():
+            want = mine(model, name, ref.grads[name])
+            got = p.grad
+            if want is None or got is None:
+                assert want is None or not want.any(), name
+                assert got is None or not got.any(), name
+            else:
+                torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
     return {"ran": dict(ran), "shares": shares(model)}
 
 
@@ -379,6 +383,20 @@ class Flat(nn.Module):
         return out
 
 
+class Apart(nn.Module):
+    """Two layers that Dynamo traces one by one: what it compiles for the first also serves the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer_of("hit_stacked") for _ in range(2))
+
+    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class NoExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -443,9 +461,14 @@ def refused(mesh: DeviceMesh, what: str, path: str) -> tuple[str, str]:
     elif what == "wrong inputs":
         settings = {"args": (layers.tokens(5)[:, :3],)}
     else:
-        model = {"tied": Tied, "read elsewhere": ReadElsewhere, "flat": Flat, "none": NoExperts, "not a sum": LastWins}[
-            what
-        ]()
+        model = {
+            "tied": Tied,
+            "apart": Apart,
+            "read elsewhere": ReadElsewhere,
+            "flat": Flat,
+            "none": NoExperts,
+            "not a sum": LastWins,
+        }[what]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
         moec.parallelize(model, given, **settings)
