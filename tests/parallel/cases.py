@@ -130,9 +130,11 @@ def train(
     routers = hf.routers(model)
     made = make_plan(plan, len(routers), routers[0].num_experts, expert_mesh.size())
     report = moec.parallelize(model, expert_mesh, made, dispatcher=dispatcher)
-    call = nn.parallel.DistributedDataParallel(model) if ddp else model
-    compiled = torch.compile(call, backend="moec", options={"moec.inner": inner}, fullgraph=not ddp)
-    with hf.recorded_choices(model) as choices, counted() as ran:
+    compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
+    if ddp:
+        compiled = nn.parallel.DistributedDataParallel(compiled)
+    whole_graphs = torch._dynamo.config.patch(optimize_ddp=False)  # its graphs per bucket would cut layers in two
+    with hf.recorded_choices(model) as choices, counted() as ran, whole_graphs:
         logits = compiled(**own).logits
         share = logits.shape[0] / sum(batches) if not ddp else 1  # DDP averages: equal batches, each its own mean
         loss = hf.loss_of(logits, own) * share if logits.numel() else logits.sum()
@@ -383,20 +385,6 @@ class Flat(nn.Module):
         return out
 
 
-class Apart(nn.Module):
-    """Two layers that Dynamo traces one by one: what it compiles for the first also serves the second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layer_of("hit_stacked") for _ in range(2))
-
-    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class NoExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -463,7 +451,6 @@ def refused(mesh: DeviceMesh, what: str, path: str) -> tuple[str, str]:
     else:
         model = {
             "tied": Tied,
-            "apart": Apart,
             "read elsewhere": ReadElsewhere,
             "flat": Flat,
             "none": NoExperts,

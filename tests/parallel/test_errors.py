@@ -23,7 +23,6 @@ REFUSED = {
     "no inputs": "pass inputs that it runs on, as args= or kwargs=",
     "wrong inputs": "could not be traced to find its experts",
     "tied": "tied experts are not handled",
-    "apart": r"layers\.1\..* looks like the experts that were found, and was not",
     "read elsewhere": "is read outside its layer of experts too, by square",
     "flat": "its first dim is not that of the 4 experts|computed by `view`",
     "none": "no layer of experts was found",

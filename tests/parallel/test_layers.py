@@ -23,7 +23,7 @@ CASES: list[dict[str, Any]] = [
     {
         "kind": "hit_stacked",
         "counts": [7, 4],
-        "more": [[5, 4], [9, 0], [1, 3], [8, 8], [0, 0]],
+        "more": [[5, 4], [9, 0], [1, 3], [8, 8]],
         "dispatcher": "all-to-all",
     },
     {"kind": "moec.nn", "counts": [4, 9], "more": [[5, 4], [9, 1]], "dispatcher": "all-gather", "inner": "inductor"},
