@@ -66,11 +66,6 @@ def register(layout: Layout) -> int:
     return number
 
 
-def update(number: int, layout: Layout) -> None:
-    """Another layout in the place of one that is known."""
-    _layouts[number] = layout
-
-
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One routed sum in `moec::` ops: its route, the products, and what reads rows of slots."""

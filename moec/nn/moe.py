@@ -9,7 +9,7 @@ detected; it runs in eager, under any backend of torch.compile, and under moec, 
 
     y = shared(x) + norm(sum over chosen experts of weight * expert(x))
 
-Not handled: dropout inside experts, experts of several widths, tensor or expert parallelism.
+Not handled: dropout inside experts, experts of several widths, tensor parallelism; expert choice over ranks.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ parameter that two layers share or that is read elsewhere.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -125,7 +126,7 @@ class _Stub:
     model: nn.Module
     found: list[Found] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    read: dict[str, list[str]] = field(default_factory=dict)  # parameters of experts: who else reads them
+    read: dict[str, list[str]] = field(default_factory=dict)  # parameters: who reads them outside layers of experts
     _moec_backend = True
     __name__ = "moec"
 
@@ -160,9 +161,9 @@ class _Stub:
         taken: dict[fx.Node, fx.Node] = {}
         for layer, site in zip(layers, sites):
             self.found.append(_found(layer, site, origin, taken))
-        for holder in taken:
+        for holder, name in origin.items():
             others = [u for u in _readers(holder) if u.target not in exchange.PRODUCTS]
-            self.read.setdefault(origin[holder], []).extend(f"{target_name(u)} ({location(u)})" for u in others)
+            self.read.setdefault(name, []).extend(f"{target_name(u)} ({location(u)})" for u in others)
 
 
 def _found(layer: exchange.Layer, site: Site, origin: dict[fx.Node, str], taken: dict[fx.Node, fx.Node]) -> Found:
@@ -219,8 +220,9 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 def _check_alone(model: nn.Module, stub: _Stub) -> None:
     """Every parameter of experts has one name, and one layer that reads it."""
+    mine = {name for layer in stub.found for name in layer.parameters}
     for name, readers in stub.read.items():
-        if readers:
+        if readers and name in mine:
             raise ParallelError(f"{name} is read outside its layer of experts too, by {', '.join(readers)}")
     every: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -234,6 +236,18 @@ def _check_alone(model: nn.Module, stub: _Stub) -> None:
                     f"{' and '.join(names)} are one parameter or serve twice; tied experts are not handled"
                 )
             known.add(name)
+    # where the graph breaks between equal layers, Dynamo traces one and uses its code for all
+    alike = {(_pattern(n), model.get_parameter(n).shape) for n in known}
+    for name, p in model.named_parameters():
+        if name not in known and (_pattern(name), p.shape) in alike:
+            raise ParallelError(
+                f"{name} looks like the experts that were found, and was not: the graph breaks between the layers. "
+                'torch.compile(model, backend="moec", fullgraph=True) says where'
+            )
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
 
 def _common(names: Sequence[str]) -> str:

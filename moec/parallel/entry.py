@@ -54,9 +54,8 @@ class Sharded:
     def refresh(self, rank: int, ranks: int) -> None:
         """Writes the plan into the tables that the graph reads."""
         width = self.tables.copies.shape[1]
-        self.tables.copies.copy_(torch.from_numpy(local.copies_of(self.slots, self.found.num_experts, width)))
-        shared = local.shared_of(self.slots, self.found.num_experts, self.spare, rank, ranks)
-        self.tables.shared.copy_(torch.from_numpy(shared))
+        copies = local.copies_of(self.slots, self.found.num_experts, width)
+        self.tables.show(copies, local.shared_of(self.slots, self.found.num_experts, self.spare, rank, ranks))
 
 
 @dataclass(eq=False)
@@ -143,6 +142,7 @@ def parallelize(
     for layer in state.layers:
         _shard(model, layer, state)
     vars(model)[STATE] = state
+    _keep_from_ddp(model, state)
     placed = []
     for layer, p, was in zip(state.layers, report, before):
         placed.append(Placed(*p, bytes_before=was, bytes_after=_bytes(model, layer.found)))
@@ -339,6 +339,17 @@ def _shard(model: nn.Module, layer: Sharded, state: State) -> None:
         around = model.get_submodule(path)
         if local.only_compiled not in around._forward_pre_hooks.values():
             around.register_forward_pre_hook(local.only_compiled, prepend=True)
+
+
+def _keep_from_ddp(model: nn.Module, state: State) -> None:
+    """DistributedDataParallel would average experts that differ from rank to rank, and send rank 0's tables to all. It goes by
+    names, so this holds for the model itself and for torch.compile(model), not for a module around it.
+    """
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    own = {n for layer in state.layers for n in layer.found.parameters}
+    own |= {n for n, _ in model.named_buffers() if f"{local.TABLES}." in n}
+    ignored |= own | {f"_orig_mod.{n}" for n in own} | {f".{n}" for n in own}
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
 
 
 def _above(name: str) -> list[str]:

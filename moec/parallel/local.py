@@ -14,7 +14,7 @@ A remote expert's Parameter is one NaN seen at every index (stride 0): reading i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ ops = torch.ops.moec
 
 
 class Tables(nn.Module):
-    """What the graph reads of the plan of one layer; another plan of equal shape is copied in place.
+    """What the graph reads of the plan of one layer; another plan of equal shape is copied in place. The plan itself is kept
+    beside, so that `to_empty` and the like do not lose it.
 
     copies [E, C]  the slots of each expert, padded with -1
     shared [n]     for each slot of this rank the how-manieth expert with several copies it holds; the number of spare slots for
@@ -47,7 +48,19 @@ class Tables(nn.Module):
         self.register_buffer("shared", torch.from_numpy(shared).to(device), persistent=False)
         self.site = site
         self.num_experts = len(copies)
-        self.epoch = 0  # separate experts: the compiled code holds which of them are here, and this number
+        self._plan = (copies, shared)
+
+    def show(self, copies: np.ndarray, shared: np.ndarray) -> None:
+        """Another plan, of equal shape."""
+        self._plan = (copies, shared)
+        self.copies.copy_(torch.from_numpy(copies))
+        self.shared.copy_(torch.from_numpy(shared))
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Tables:
+        super()._apply(fn, recurse)
+        if not self.copies.is_meta:
+            self.show(*self._plan)
+        return self
 
     def forward(self) -> None:
         raise NotImplementedError
@@ -88,10 +101,6 @@ def _sharded(name: str, stacked: bool) -> property:
             _check_read(self, get_eval_frame_callback())
             return local
         tables = vars(self)[TABLES]
-        if (
-            not stacked and tables.epoch < 0
-        ):  # never; but code that holds a list of experts is compiled again for another plan
-            return local
         return marker(local, tables.copies, tables.shared, tables.num_experts, tables.site)
 
     def write(self: nn.Module, new: object) -> None:

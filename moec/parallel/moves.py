@@ -49,7 +49,9 @@ def rebalance(
     """
     model = getattr(model, "_orig_mod", model)
     state = state_of(model)
-    plan, rows = agreed(state.mesh, lambda: _prepare(state, plan), lambda found: repr([r.tolist() for r in found[1]]))
+    plan, rows = agreed(
+        state.mesh, lambda: _prepare(model, state, plan, optimizer), lambda found: repr([r.tolist() for r in found[1]])
+    )
     slots = sent = 0
     for layer, row in zip(state.layers, rows):
         if not np.array_equal(layer.slots, row):
@@ -59,7 +61,9 @@ def rebalance(
     return Moved(slots, sent)
 
 
-def _prepare(state: State, plan: Plan | str | os.PathLike[str]) -> tuple[Plan, list[np.ndarray]]:
+def _prepare(
+    model: nn.Module, state: State, plan: Plan | str | os.PathLike[str], optimizer: torch.optim.Optimizer | None
+) -> tuple[Plan, list[np.ndarray]]:
     if isinstance(plan, (str, os.PathLike)):
         plan = Plan.load(plan)
     if plan is None:
@@ -75,6 +79,14 @@ def _prepare(state: State, plan: Plan | str | os.PathLike[str]) -> tuple[Plan, l
                 f"the plan has {len(row)} slots in {layer.found.name}, which was parallelized with {len(layer.slots)}; solve "
                 f"with slots_per_gpu={len(layer.slots) // state.ranks}"
             )
+        for name in layer.found.stacked:
+            p = model.get_parameter(name)
+            for key, value in (optimizer.state.get(p, {}) if optimizer is not None else {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape[:1] != p.shape[:1]:
+                    raise ParallelError(
+                        f"the optimizer keeps {key!r} of {name} as {tuple(value.shape)}, which does not say what belongs to "
+                        f"which of its {len(p)} experts; such an optimizer cannot be rebalanced"
+                    )
     return plan, rows
 
 
@@ -89,7 +101,7 @@ def _move(
         if p.grad is not None:
             targets.append(p.grad)
         known = optimizer.state.get(p, {}) if optimizer is not None else {}
-        targets += [v for v in known.values() if isinstance(v, Tensor) and v.shape == p.shape]
+        targets += [v for v in known.values() if isinstance(v, Tensor) and v.numel() > 1]
     arrived: list[Tensor] = []
     error: Exception | None = None
     try:

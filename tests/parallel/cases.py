@@ -115,6 +115,7 @@ def train(
     dtype: str = "float32",
     dp: bool = False,
     seq: int = 9,
+    ddp: bool = False,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Forward, loss and backward on all ranks, against one process with all sequences; batches: sequences of each rank."""
@@ -130,13 +131,16 @@ def train(
     made = make_plan(plan, len(routers), routers[0].num_experts, expert_mesh.size())
     report = moec.parallelize(model, expert_mesh, made, dispatcher=dispatcher)
     compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
-    with hf.recorded_choices(model) as choices, counted() as ran:
+    if ddp:
+        compiled = nn.parallel.DistributedDataParallel(compiled)
+    whole_graphs = torch._dynamo.config.patch(optimize_ddp=False)  # its graphs per bucket would cut layers in two
+    with hf.recorded_choices(model) as choices, counted() as ran, whole_graphs:
         logits = compiled(**own).logits
-        share = logits.shape[0] / sum(batches)
+        share = logits.shape[0] / sum(batches) if not ddp else 1  # DDP averages: equal batches, each its own mean
         loss = hf.loss_of(logits, own) * share if logits.numel() else logits.sum()
         loss.backward()
-    moec.parallel.sync_gradients(model, whole, reduction="sum")
-    total = loss.detach().clone().float()
+    moec.parallel.sync_gradients(model, whole, reduction="mean" if ddp else "sum", experts_only=ddp)
+    total = loss.detach().clone().float() / (mesh.size() if ddp else 1)
     dist.all_reduce(total)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, choices)
@@ -179,37 +183,41 @@ def one_layer(
     inner: str = "aot_eager",
     changes: dict[str, Any] | None = None,
     prepare: str | None = None,
+    more: list[list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Value, gradient of x and of every parameter, against one process with all tokens; counts: tokens of each rank."""
+    """Value, gradient of x and of every parameter, against one process with all tokens. counts: tokens of each
+    rank; more: those of later calls.
+    """
     rank = mesh.get_local_rank()
     model, plain = (layer_of(kind, **(changes or {})) for _ in range(2))
     if prepare:
         for m in (model, plain):
             PREPARATIONS[prepare](m)
-    every = layers.tokens(sum(counts))
-    begin = sum(counts[:rank])
-    own = every[begin : begin + counts[rank]]
     experts = model.num_experts if hasattr(model, "num_experts") else layers.E
     made = make_plan(plan, 1, experts, mesh.size())
     moec.parallelize(model, mesh, made, args=(layers.tokens(7),), dispatcher=dispatcher)
     compiled = torch.compile(model, backend="moec", options={"moec.inner": inner}, fullgraph=True)
-    x = own.detach().clone().requires_grad_()
-    with counted() as ran:
-        out = compiled(x)
-        probe = torch.cos(torch.arange(every.numel(), dtype=torch.float64)).view(every.shape)
-        out.backward(probe[begin : begin + counts[rank]])
-    moec.parallel.sync_gradients(model, reduction="sum")
-    ref = layers.run(plain, plain, every)
-    torch.testing.assert_close(out.detach(), ref.logits[begin : begin + counts[rank]])
-    torch.testing.assert_close(x.grad, ref.grads["x"][begin : begin + counts[rank]])
-    for name, p in model.named_parameters():
-        want = mine(model, name, ref.grads[name])
-        got = p.grad
-        if want is None or got is None:
-            assert want is None or not want.any(), name
-            assert got is None or not got.any(), name
-        else:
-            torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+    for sizes in (counts, *(more or [])):
+        every = layers.tokens(sum(sizes))
+        begin = sum(sizes[:rank])
+        x = every[begin : begin + sizes[rank]].detach().clone().requires_grad_()
+        model.zero_grad()
+        with counted() as ran:
+            out = compiled(x)
+            probe = torch.cos(torch.arange(every.numel(), dtype=torch.float64)).view(every.shape)
+            out.backward(probe[begin : begin + sizes[rank]])
+        moec.parallel.sync_gradients(model, reduction="sum")
+        ref = layers.run(plain, plain, every)
+        torch.testing.assert_close(out.detach(), ref.logits[begin : begin + sizes[rank]])
+        torch.testing.assert_close(x.grad, ref.grads["x"][begin : begin + sizes[rank]])
+        for name, p in model.named_parameters():
+            want = mine(model, name, ref.grads[name])
+            got = p.grad
+            if want is None or got is None:
+                assert want is None or not want.any(), name
+                assert got is None or not got.any(), name
+            else:
+                torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
     return {"ran": dict(ran), "shares": shares(model)}
 
 
@@ -441,9 +449,13 @@ def refused(mesh: DeviceMesh, what: str, path: str) -> tuple[str, str]:
     elif what == "wrong inputs":
         settings = {"args": (layers.tokens(5)[:, :3],)}
     else:
-        model = {"tied": Tied, "read elsewhere": ReadElsewhere, "flat": Flat, "none": NoExperts, "not a sum": LastWins}[
-            what
-        ]()
+        model = {
+            "tied": Tied,
+            "read elsewhere": ReadElsewhere,
+            "flat": Flat,
+            "none": NoExperts,
+            "not a sum": LastWins,
+        }[what]()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     try:
         moec.parallelize(model, given, **settings)
@@ -501,4 +513,6 @@ def misused(mesh: DeviceMesh) -> dict[str, str]:
     want = layer_of("hit_stacked")(x)
     got = torch.compile(model, backend="moec", options={"moec.inner": "eager"})(x)
     torch.testing.assert_close(got, want)  # and after all that it works as before
+    torch._dynamo.reset()
+    found["explain"] = str(moec.explain(model, x))
     return found

@@ -1,4 +1,4 @@
-"""A layer on many ranks, of which only rank 0 exists (torch's fake process group): `python -m tests.parallel.many DISPATCHER RANKS`.
+"""A layer on many ranks, of which only rank 0 exists (torch's fake process group): `-m tests.parallel.many DISPATCHER RANKS`.
 
 Prints as JSON what the forward graph sends, in bytes, for T tokens on every rank, and what the formula says; how many collectives
 there are; and the seconds it took to compile.

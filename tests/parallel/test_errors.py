@@ -41,6 +41,7 @@ MISUSED = {
     "rebalance: none": "needs a plan",
     "rebalance: other model": "was not parallelized",
     "state: missing": "the state lacks",
+    "explain": r"1 of 1 MoE sites rewritten(?s:.*), all-gather over 2 ranks",
     "reduction": "reduction is one of 'mean', 'sum', not 'max'",
 }
 

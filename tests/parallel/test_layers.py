@@ -1,4 +1,4 @@
-"""One layer in float64: every way to write a dispatch, ranks without tokens, experts without tokens, experts that do not divide."""
+"""One layer in float64: every way to write a dispatch, ranks and experts without tokens, experts that do not divide."""
 
 from typing import Any
 
@@ -19,6 +19,14 @@ CASES: list[dict[str, Any]] = [
     {"kind": "batched_mm", "counts": [7, 4], "plan": "random", **EAGER},
     {"kind": "dense_loop", "counts": [7, 4], "plan": "random", **EAGER},
     {"kind": "dense_stacked", "counts": [7, 4], "plan": "random", **EAGER},
+    # every rank compiles when its own size is new
+    {
+        "kind": "hit_stacked",
+        "counts": [7, 4],
+        "more": [[5, 4], [9, 0], [1, 3], [8, 8]],
+        "dispatcher": "all-to-all",
+    },
+    {"kind": "moec.nn", "counts": [4, 9], "more": [[5, 4], [9, 1]], "dispatcher": "all-gather", "inner": "inductor"},
     {"kind": "moec.nn", "counts": [0, 6], "dispatcher": "all-gather", "inner": "inductor"},
     {
         "kind": "moec.nn",

@@ -69,6 +69,16 @@ def test_tables() -> None:
     assert [shared_of(slots, 3, 3, rank, 3).tolist() for rank in range(3)] == [[3, 0], [1, 0], [3, 1]]
 
 
+def test_tables_survive_what_empties_buffers() -> None:
+    from moec.parallel.local import Tables
+
+    tables = Tables(np.array([[1, -1], [0, 2]]), np.array([1, 0]), 3, torch.device("cpu"))
+    tables.to("meta").to_empty(device="cpu")
+    assert (tables.copies.tolist(), tables.shared.tolist()) == ([[1, -1], [0, 2]], [1, 0])
+    tables.show(np.array([[0, -1], [1, 2]]), np.array([0, 0]))
+    assert tables.half().copies.tolist() == [[0, -1], [1, 2]]
+
+
 def test_routes_stay_at_home_where_they_can() -> None:
     old, new = np.array([[0, 1], [2, 1]]), np.array([[1, 2], [1, 0]])
     found = routes(old, new)

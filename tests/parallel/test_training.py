@@ -56,3 +56,9 @@ def test_four_ranks() -> None:
         changes=ONE,
     )
     assert all(share == 0.5 for f in found for share in f["shares"].values()), found
+
+
+def test_with_ddp() -> None:
+    """DDP averages what is replicated, and leaves the experts alone."""
+    for found in ranks.run(2, cases.train, name="mixtral", batches=[2, 2], ddp=True, changes=ONE):
+        assert list(found["shares"].values()) == [0.5]
