@@ -290,6 +290,7 @@ def test_mismatch(idiom: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
         return done
 
     monkeypatch.setattr(moec.pipeline, "lower", wrong)
+    monkeypatch.setattr(moec.pipeline.schedule, "in_one", lambda problem: False)
     layer = layers.build(idiom, body="relu2")
     x = layers.tokens(17)
     backend, results = layers.kept(EAGER)

@@ -16,7 +16,6 @@ from moec.ir import Problem, Site
 
 from . import markers, promises
 
-
 _UP, _UP_BIAS, _GATING = 6, 9, 13  # among the arguments of `moec::experts`
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec.kernels  # noqa: F401  (defines the ops, with fast kernels)
+from moec import schedule
 
 from .choices import choose
 from .initialization import Init
@@ -140,7 +141,7 @@ class Experts(nn.Module):
         sharded or hooked the products, who would want them to run.
         """
         plain = all(type(m) is GroupedLinear and not any(map(m.__dict__.get, _HOOKS)) for m in self.children())
-        return plain and x.device.type == "cpu" and autocast_dtype(x) is None
+        return plain and not schedule.steps_only and x.device.type == "cpu" and autocast_dtype(x) is None
 
     def _whole(self, x_TD: Tensor, offsets_E: Tensor, slots: Slots) -> Tensor:
         up, down = self.up_proj, self.down_proj

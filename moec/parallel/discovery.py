@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from moec import capture
+from moec import capture, schedule
 from moec.config import Options
 from moec.errors import ParallelError
 from moec.fx import target_name, value
@@ -53,7 +53,7 @@ def find(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] 
     stub = _Stub(shadow)
     fault: Exception | None = None
     try:
-        with capture.promises.listening():
+        with capture.promises.listening(), schedule.in_steps():
             torch.compile(shadow, backend=stub)(*args, **(kwargs or {}))
     except Exception as error:  # after a refusal the rest may well fail, without data
         fault = error

@@ -10,7 +10,8 @@ from what the host knows: the number of slots S = T*K, sizes, dtype, device. The
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -35,6 +36,7 @@ __all__ = [
     "choose_layer",
     "describe",
     "in_one",
+    "in_steps",
 ]
 
 _TOKENS = tuple(2**i for i in range(17))  # 1 to 65536
@@ -55,9 +57,23 @@ def choose_layer(problem: Problem) -> Strategy:
     return min((s for s in LAYERS if s.refuses(problem) is None), key=lambda s: s.cost(problem))
 
 
+steps_only = False  # see `in_steps`
+
+
+@contextlib.contextmanager
+def in_steps() -> Iterator[None]:
+    """Layers are written step by step meanwhile, for whoever has to come between the steps."""
+    global steps_only  # noqa: PLW0603
+    before, steps_only = steps_only, True
+    try:
+        yield
+    finally:
+        steps_only = before
+
+
 def in_one(problem: Problem) -> bool:
     """Whether a layer is worth an op of its own: for the number of tokens, or for some if that is not known."""
-    if problem.gating is None:
+    if problem.gating is None or steps_only:
         return False
     return any(strategy.name != "composed" for _, strategy in choose_by_tokens(problem, choose_layer))
 
