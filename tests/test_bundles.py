@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -323,3 +325,99 @@ def test_the_reports_graphs_show_the_parameters() -> None:
     assert site.after is not None
     assert sum(n.op == "placeholder" for n in site.after.graph.nodes) >= 3 * E
     assert pipeline.schedule.in_one is schedule.in_one
+
+
+def test_threads_with_two_models_of_one_class() -> None:
+    """They share compiled code, and so the bundle: neither may compute with the other's parameters."""
+    models = [layer(seed) for seed in (0, 1)]
+    fast = [compiled(m) for m in models]
+    x = torch.randn(T, D, dtype=torch.float64)
+    with torch.no_grad():
+        expected = [m(x) for m in models]
+        for f, e in zip(fast, expected):
+            torch.testing.assert_close(f(x), e)
+    wrong: list[object] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(100):
+                try:
+                    if not torch.allclose(fast[i](x), expected[i]):
+                        wrong.append(i)
+                except Exception as fault:
+                    wrong.append(fault)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_frozen_experts_while_a_backward_waits() -> None:
+    """Nothing is differentiated but x: the graph alone keeps the parameters that its backward reads."""
+    models = [layer(seed) for seed in (0, 1)]
+    for m in models:
+        m.experts.requires_grad_(False)
+    fast = [compiled(m) for m in models]
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(models[0](x).sum(), x)
+    out = fast[0](x).sum()
+    fast[1](x)
+    models[0].experts[0].up.weight = nn.Parameter(torch.zeros(F, D, dtype=torch.float64), requires_grad=False)
+    gc.collect()
+    (got,) = torch.autograd.grad(out, x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_parameters_made_for_one_call() -> None:
+    model = layer()
+    fast, x = compiled(model), torch.randn(T, D, dtype=torch.float64)
+    for call in (fast, model):
+        leaves = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        out = torch.func.functional_call(call, {_name(n, call, model): 1.5 * p for n, p in leaves.items()}, (x,))
+        gc.collect()
+        grads = torch.autograd.grad(out.square().sum(), list(leaves.values()), allow_unused=True)
+        found = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves.values())]
+        if call is fast:
+            got = found
+    for g, e in zip(got, found):
+        torch.testing.assert_close(g, e)
+
+
+def _name(name: str, call: nn.Module, model: nn.Module) -> str:
+    return name if call is model else f"_orig_mod.{name}"
+
+
+def test_two_layers_that_share_parameters_of_which_one_is_small(
+    seen: list[bundle_pass.Bundled | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stays as it is must find its parameters in the graph."""
+    monkeypatch.setattr(bundle_pass, "FEWEST", 3 * E)
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = layer()
+            self.router = nn.Linear(D, E, bias=False).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.moe(x)
+            weights, ids = self.router(x).softmax(-1).topk(K, -1)
+            out = torch.zeros_like(x)
+            for e in range(E):
+                token, choice = torch.where(ids == e)
+                expert = self.moe.experts[e]
+                y = expert.down(nn.functional.silu(expert.up(x[token])))  # two matrices, not three
+                out.index_add_(0, token, y * weights[token, choice, None])
+            return out
+
+    model, x = Shared(), torch.randn(T, D, dtype=torch.float64)
+    agree(run(compiled(model), model, x), run(model, model, x))
+    assert seen == [None]
