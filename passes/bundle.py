@@ -22,6 +22,7 @@ from moec.ops.bundles import Bundle, stand_in
 
 EXPERTS = torch.ops.moec.experts.default
 FEWEST = 32  # parameters of one layer; below that there is little to gain
+_ARGUMENTS = 17  # without a key
 _GROUPS = range(5, 11)  # gate, up, down and their biases among the arguments
 
 Compiled = Callable[..., object]
@@ -122,7 +123,7 @@ def _only_experts(gm: fx.GraphModule, placeholders: dict[fx.Node, int]) -> set[f
 def _fit(node: fx.Node, alone: set[fx.Node]) -> bool:
     """Separate parameters throughout, alike in each group, on CPU, all or none of which wants a gradient."""
     lists = [list(node.args[i]) for i in _GROUPS if node.args[i]]  # type: ignore[arg-type]
-    if len(node.args) > EXPERTS_ARGS or sum(map(len, lists)) < FEWEST or any(len(group) < 2 for group in lists):
+    if len(node.args) > _ARGUMENTS or sum(map(len, lists)) < FEWEST or any(len(group) < 2 for group in lists):
         return False
     flat = [p for group in lists for p in group]
     if len(set(flat)) != len(flat) or any(p not in alone for p in flat):
@@ -132,9 +133,6 @@ def _fit(node: fx.Node, alone: set[fx.Node]) -> bool:
         return False
     alike = all(len({(value(p).shape, value(p).dtype) for p in group}) == 1 for group in lists)  # type: ignore[attr-defined]
     return alike and len({v.requires_grad for v in values}) == 1  # type: ignore[attr-defined]
-
-
-EXPERTS_ARGS = 17  # without a key
 
 
 def _grad(groups: list[list[fx.Node]]) -> bool:

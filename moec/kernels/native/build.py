@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import subprocess
@@ -20,6 +21,8 @@ import tempfile
 from pathlib import Path
 
 from moec import config
+
+log = logging.getLogger("moec")
 
 SOURCES = ("experts.cpp", "forward.h", "backward.h", "call.h", "product.h", "activation.h", "simd.h")
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "f16c")
@@ -145,6 +148,7 @@ def _intact(path: Path) -> bool:
 
 def _build(command: list[str], path: Path) -> None:
     """Compile into a folder of its own, seal, rename to `path`."""
+    log.info("moec: compiling the CPU kernels, once for this machine and version, into %s", path.parent)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
             made = Path(folder) / path.name
