@@ -283,8 +283,8 @@ def test_mismatch(idiom: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     """A lowering that computes something else is found out: the original runs, and the site says that it was this."""
     right = moec.pipeline.lower
 
-    def wrong(graph: torch.fx.Graph, detection: object) -> object:
-        done = right(graph, detection)
+    def wrong(graph: torch.fx.Graph, detection: object, whole: object) -> object:
+        done = right(graph, detection, whole)
         for node in (n for one in done for n in one.nodes if "relu" in str(n.target)):
             node.op, node.target, node.args, node.kwargs = "call_function", torch.tanh, node.args[:1], {}
         return done
