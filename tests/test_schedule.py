@@ -161,3 +161,14 @@ def test_a_stack_that_autocast_casts_is_cast_by_expert_on_cpu(monkeypatch: pytes
     assert torch.ops.moec.grouped_linear(x, [w], [], offsets, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(AttributeError):
         torch.ops.moec.grouped_linear(x, [w], [], offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("tokens", [None, 1, 2048])
+def test_a_layer_where_every_product_synchronizes(dtype: torch.dtype, stacked: bool, tokens: int | None) -> None:
+    """A layer costs what the products chosen for it cost, also where none of them is without a wait for the device."""
+    problem = replace(OLMOE, dtype=dtype, stacked=stacked, num_tokens=tokens, training=True, gating="halves")
+    assert schedule.choose_layer(replace(problem, num_tokens=16)).name == "composed"
+    assert not schedule.in_one(problem)
+    assert schedule.describe(problem)

@@ -13,12 +13,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 
 from moec.ir import Problem
 
-from .layers import LAYERS, Composed, Native
-from .strategies import STRATEGIES, Gathered, GroupedMM, Loop, NativeLoop, Reference, Strategy
+from .layers import LAYERS, Composed, Native, choose_layer
+from .strategies import STRATEGIES, Gathered, GroupedMM, Loop, NativeLoop, Reference, Strategy, choose
 
 __all__ = [
     "LAYERS",
@@ -42,19 +41,6 @@ __all__ = [
 _TOKENS = tuple(2**i for i in range(17))  # 1 to 65536
 
 Choose = Callable[[Problem], Strategy]
-
-
-@lru_cache(maxsize=4096)
-def choose(problem: Problem) -> Strategy:
-    """The cheapest strategy that neither refuses nor synchronizes, else the cheapest that does not refuse: `loop` never does."""
-    able = (s for s in STRATEGIES if s.refuses(problem) is None)
-    return min(able, key=lambda s: (s.synchronizes(problem), s.cost(problem)))
-
-
-@lru_cache(maxsize=4096)
-def choose_layer(problem: Problem) -> Strategy:
-    """The cheapest strategy for a whole layer; `composed` never refuses."""
-    return min((s for s in LAYERS if s.refuses(problem) is None), key=lambda s: s.cost(problem))
 
 
 steps_only = False  # see `in_steps`

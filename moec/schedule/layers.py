@@ -10,11 +10,12 @@ between them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moec.ir import Problem
 
 from .roofline import CPU, element_size, flops, hit_experts, machine, slots, weight_bytes
-from .strategies import STRATEGIES, Strategy
+from .strategies import Strategy, choose
 
 
 def products(problem: Problem) -> int:
@@ -31,7 +32,7 @@ class Composed(Strategy):
 
     def cost(self, problem: Problem) -> float:
         """The products, and what is read and written between them: rows of D three times, of F as often as there are products."""
-        product = min(s.cost(problem) for s in STRATEGIES if s.refuses(problem) is None and not s.synchronizes(problem))
+        product = choose(problem).cost(problem)
         between = slots(problem) * (3 * problem.d_model + 2 * products(problem) * problem.d_expert)
         return products(problem) * product + between * element_size(problem) / machine(problem).bandwidth
 
@@ -71,3 +72,9 @@ class Native(Strategy):
 
 
 LAYERS: tuple[Strategy, ...] = (Native(), Composed())
+
+
+@lru_cache(maxsize=4096)
+def choose_layer(problem: Problem) -> Strategy:
+    """The cheapest strategy for a whole layer; `composed` never refuses."""
+    return min((s for s in LAYERS if s.refuses(problem) is None), key=lambda s: s.cost(problem))

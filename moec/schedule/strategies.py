@@ -171,6 +171,13 @@ class Reference(Strategy):
 STRATEGIES: tuple[Strategy, ...] = (Loop(), NativeLoop(), GroupedMM(), Gathered(), Reference())
 
 
+@lru_cache(maxsize=4096)
+def choose(problem: Problem) -> Strategy:
+    """The cheapest strategy that neither refuses nor synchronizes, else the cheapest that does not refuse: `loop` never does."""
+    able = (s for s in STRATEGIES if s.refuses(problem) is None)
+    return min(able, key=lambda s: (s.synchronizes(problem), s.cost(problem)))
+
+
 def _misaligned(problem: Problem) -> str | None:
     if problem.d_model * element_size(problem) % 16 or problem.d_expert * element_size(problem) % 16:
         return f"wants strides of a multiple of 16 bytes, not rows of {problem.d_model} and {problem.d_expert} elements"
