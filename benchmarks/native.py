@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import moec.kernels  # noqa: F401  (registers the ops)
 from moec.kernels import native
+from moec.ops import experts
 
 ops = torch.ops.moec
 
@@ -93,18 +94,17 @@ class Layer:
         self.grad = torch.randn(tokens, d).to(t)
         self.routed = ops.route(ids, e)
 
-    def arguments(self) -> tuple[object, ...]:
-        return (*self.routed, self.scale, [], [self.up], [self.down], [], [], [])
-
-    flags = ("silu", "halves", False, False)
+    def layer(self) -> experts.Layer:
+        lists = ([], [self.up], [self.down], [], [], [])
+        return experts.unpack((*self.routed, self.scale, *lists, self.top_k, "silu", "halves", False, False))
 
     def native(self) -> tuple[Tensor, ...]:
-        return (native.forward(self.x, *self.arguments(), self.top_k, *self.flags, False)[0],)
+        return (native.forward(self.x, self.layer(), False)[0],)
 
     def native_both(self) -> tuple[Tensor, ...]:
-        out, pre = native.forward(self.x, *self.arguments(), self.top_k, *self.flags, True)
+        out, pre = native.forward(self.x, self.layer(), True)
         needs = (True,) * 5 + (False,) * 3
-        grads = native.backward(self.grad, self.x, pre, *self.arguments(), self.top_k, *self.flags, needs)
+        grads = native.backward(self.grad, self.x, pre, self.layer(), needs)
         return out, grads[0], grads[1], grads[3][0], grads[4][0]
 
     def composed(self) -> tuple[Tensor, ...]:

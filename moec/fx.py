@@ -5,6 +5,7 @@ The graphs are Dynamo's (torch functions and methods, with in-place writes) or t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -186,3 +187,16 @@ def graph_module(owner: torch.nn.Module, graph: fx.Graph, name: str) -> fx.Graph
     except ImportError:
         return fx.GraphModule(owner, graph, class_name=name)
     return Module(owner, graph, class_name=name)
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module of its own with the same graph, node for node and in the same order; parameters and submodules are shared."""
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapped)
+    last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    graph.output(output).meta = dict(last.meta)
+    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    made = graph_module(gm, graph, type(gm).__name__)
+    made.meta = dict(gm.meta)
+    return made

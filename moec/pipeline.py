@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from moec.capture import promises
 from moec.capture.declared import take_declarations
 from moec.config import Options, split
 from moec.errors import OptionError, StrictError
-from moec.fx import graph_module, value
+from moec.fx import copied, value
 from moec.ir import (
     Declaration,
     Feedforward,
@@ -70,12 +69,12 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, verified: dict[str, str]
 def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str]) -> Result:
     skip: set[str] = set()
     failed: list[Site] = []
-    gm, declared, returned = take_declarations(gm, _copy)
+    gm, declared, returned = take_declarations(gm, copied)
     if options.disable is True:
         return Result(gm)
     position = {node.name: i for i, node in enumerate(gm.graph.nodes)}
     while True:  # again from the start, without the regions that turned out wrong
-        work = _copy(gm)
+        work = copied(gm)
         detection = detect(work.graph, options.strict)
         off = [r for r in detection.regions if options.disabled(r.location)]
         left = off + [r for r in detection.regions if r.root.name in skip]
@@ -121,18 +120,6 @@ def _rewrite_one(gm: fx.GraphModule, options: Options, verified: dict[str, str])
         for name, site in wrong:
             skip.add(name)
             failed.append(site)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapped)
-    last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-    graph.output(output).meta = dict(last.meta)
-    graph._codegen = copy.deepcopy(gm.graph._codegen)
-    made = graph_module(gm, graph, type(gm).__name__)
-    made.meta = dict(gm.meta)
-    return made
 
 
 def _refused(idiom: str, refusal: Refusal, within: tuple[str, ...]) -> Site:
@@ -289,7 +276,7 @@ def rewrite(
         from torch._subclasses import FakeTensorMode
         from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-        gm = _copy(gm)
+        gm = copied(gm)
         FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
     result = rewrite_graph(gm, ours)
     refused = [s for s in result.sites if s.status == "refused" and s.idiom != "switched off"]

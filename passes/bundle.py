@@ -17,13 +17,13 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from moec import ops as _ops  # noqa: F401  (defines torch.ops.moec)
-from moec.fx import graph_module, value
+from moec.fx import copied, value
 from moec.ops.bundles import Bundle, stand_in
+from moec.ops.experts import PARAMETERS, POSITION
 
 EXPERTS = torch.ops.moec.experts.default
 FEWEST = 32  # parameters of one layer; below that there is little to gain
-_ARGUMENTS = 17  # without a key
-_GROUPS = range(5, 11)  # gate, up, down and their biases among the arguments
+_GROUPS = [POSITION[name] for name in PARAMETERS]
 
 Compiled = Callable[..., object]
 
@@ -62,47 +62,34 @@ def bundle(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Bundled | No
     layers = [node for node in gm.graph.nodes if node.target is EXPERTS]
     while layers != (fit := [node for node in layers if _fit(node, alone)]):
         layers = fit
-        alone = {
-            p for p in alone if all(user in layers for user in p.users)
-        }  # a layer that stays reads them as they are
+        # a layer that stays reads its parameters as they are
+        alone = {p for p in alone if all(user in layers for user in p.users)}
     if not layers or len(position) != len(example_inputs):
         return None
-    graph = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
     groups = {node: [list(node.args[i]) for i in _GROUPS if node.args[i]] for node in layers}
     hidden = {p for found in groups.values() for group in found for p in group}
-    examples, kept = [], []
-    for node, i in position.items():
-        if node not in hidden:
-            mapped[node] = _copied(graph, node, {})
-            examples.append(example_inputs[i])
-            kept.append(i)
-    extra: dict[fx.Node, list[fx.Node]] = {}
+    kept = [i for node, i in position.items() if node not in hidden]
+    examples = [example_inputs[i] for i in kept]
+    made = copied(gm)
+    copy_of = dict(zip(gm.graph.nodes, made.graph.nodes))
+    last = list(made.graph.find_nodes(op="placeholder"))[-1]
+
+    def add(name: str, example: torch.Tensor) -> fx.Node:
+        nonlocal last
+        with made.graph.inserting_after(last):
+            last = made.graph.placeholder(name)
+        last.meta["example_value"] = example
+        examples.append(example)
+        return last
+
     for node in layers:
-        extra[node] = [_placeholder(graph, f"{node.name}_key", fake := _fake_key(node))]
-        examples.append(fake)
-        for n, group in enumerate(groups[node]):
-            extra[node].append(_placeholder(graph, f"{node.name}_group_{n}", fake := _fake_group(group)))
-            examples.append(fake)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node in extra:
-            key, *stand_ins = extra[node]
-            remaining = iter(stand_ins)
-            args = [
-                ([next(remaining)] if arg else []) if i in _GROUPS else fx.node.map_arg(arg, mapped.__getitem__)
-                for i, arg in enumerate(node.args)
-            ]
-            new = graph.call_function(EXPERTS, (*args, key))
-            new.meta = dict(node.meta)
-            mapped[node] = new
-        else:
-            mapped[node] = _copied(graph, node, mapped)
-    made = graph_module(gm, graph, type(gm).__name__)
-    made.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        made._param_name_to_source = gm._param_name_to_source
+        key = add(f"{node.name}_key", _fake_key(node))
+        stand_ins = (add(f"{node.name}_group_{n}", _fake_group(group)) for n, group in enumerate(groups[node]))
+        copy = copy_of[node]
+        copy.args = (*(([next(stand_ins)] if a else []) if i in _GROUPS else a for i, a in enumerate(copy.args)), key)
+    for p in hidden:
+        made.graph.erase_node(copy_of[p])
+    made.recompile()
     places = tuple(tuple(tuple(position[p] for p in group) for group in groups[node]) for node in layers)
     return Bundled(made, examples, tuple(kept), places, tuple(_grad(groups[node]) for node in layers))
 
@@ -123,7 +110,7 @@ def _only_experts(gm: fx.GraphModule, placeholders: dict[fx.Node, int]) -> set[f
 def _fit(node: fx.Node, alone: set[fx.Node]) -> bool:
     """Separate parameters throughout, alike in each group, on CPU, all or none of which wants a gradient."""
     lists = [list(node.args[i]) for i in _GROUPS if node.args[i]]  # type: ignore[arg-type]
-    if len(node.args) > _ARGUMENTS or sum(map(len, lists)) < FEWEST or any(len(group) < 2 for group in lists):
+    if len(node.args) > POSITION["key"] or sum(map(len, lists)) < FEWEST or any(len(group) < 2 for group in lists):
         return False
     flat = [p for group in lists for p in group]
     if len(set(flat)) != len(flat) or any(p not in alone for p in flat):
@@ -152,17 +139,3 @@ def _fake_group(group: list[fx.Node]) -> torch.Tensor:
         real = stand_in(torch.empty(tuple(like.shape), dtype=like.dtype, device="meta"), len(group))
         fake = like.fake_mode.from_tensor(torch.empty((), dtype=like.dtype).expand(real.shape), static_shapes=True)
     return fake.requires_grad_(like.requires_grad and torch.is_grad_enabled())
-
-
-def _placeholder(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
-    node = graph.placeholder(name)
-    node.meta["example_value"] = example
-    node._dynamo_source = None
-    return node
-
-
-def _copied(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, fx.Node]) -> fx.Node:
-    copy = graph.node_copy(node, mapped.__getitem__)
-    if hasattr(node, "_dynamo_source"):
-        copy._dynamo_source = node._dynamo_source
-    return copy

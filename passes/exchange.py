@@ -59,6 +59,11 @@ _layouts: dict[int, Layout] = {}
 _numbers = itertools.count(1)
 
 
+def registered(number: int) -> Layout:
+    """The layout behind a number."""
+    return _layouts[number]
+
+
 def register(layout: Layout) -> int:
     """A number for the layout, which the markers carry into the graph."""
     number = next(_numbers)
@@ -186,7 +191,7 @@ def markers(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def layout_of(marker: fx.Node) -> Layout:
-    return _layouts[int(marker.args[4])]  # type: ignore[arg-type]
+    return registered(int(marker.args[4]))  # type: ignore[arg-type]
 
 
 def _markers(product: fx.Node) -> list[fx.Node]:

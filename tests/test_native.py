@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import moec.kernels  # noqa: F401  (registers the ops)
 from moec.kernels import native
 from moec.kernels.native import build
+from moec.ops import experts
 
 ops = torch.ops.moec
 
@@ -185,23 +186,20 @@ def composed(layer: Layer) -> Tensor:
     return ops.combine(y, order, inverse, offsets, case.top_k).to(layer.x.dtype)
 
 
-def arguments(layer: Layer) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
-    """What comes between x (and pre) and the flags; and the flags."""
+def arguments(layer: Layer) -> experts.Layer:
     case = layer.case
     with torch.no_grad():
         routed = ops.route(layer.ids, case.experts)
     flags = (case.top_k, case.activation, case.gating, case.up_transposed, case.down_transposed)
-    return (*routed, layer.scale, *layer.lists()), flags
+    return experts.unpack((*routed, layer.scale, *layer.lists(), *flags))
 
 
 def forward(layer: Layer, keep: bool = True) -> tuple[Tensor, Tensor]:
-    args, flags = arguments(layer)
-    return native.forward(layer.x, *args, *flags, keep)
+    return native.forward(layer.x, arguments(layer), keep)
 
 
 def backward(layer: Layer, pre: Tensor, needs: Sequence[object] = (True,) * 8) -> tuple[object, ...]:
-    args, flags = arguments(layer)
-    return native.backward(layer.grad, layer.x, pre, *args, *flags, needs)
+    return native.backward(layer.grad, layer.x, pre, arguments(layer), needs)
 
 
 def flatten(grads: Sequence[object]) -> list[Tensor]:
@@ -287,12 +285,12 @@ def test_activations_over_their_whole_range() -> None:
     one = torch.ones(1, 1, 1)
     for name, act in ACTIVATIONS.items():
         routed = (order, inverse, offsets, None, [], [one], [one], [], [], [])
-        flags = (1, name, "none", False, False)
-        out, pre = native.forward(x, *routed, *flags, True)
+        layer = experts.unpack((*routed, 1, name, "none", False, False))
+        out, pre = native.forward(x, layer, True)
         oracle = x.double().requires_grad_()
         expected = act(oracle)
         (slope,) = torch.autograd.grad(expected.sum(), oracle)
-        grad_x, *_ = native.backward(torch.ones_like(x), x, pre, *routed, *flags, (True,) + (False,) * 7)
+        grad_x, *_ = native.backward(torch.ones_like(x), x, pre, layer, (True,) + (False,) * 7)
         assert isinstance(grad_x, Tensor)
         expected = expected.detach()
         # float64 cancels in the tails
@@ -389,10 +387,10 @@ def test_nothing_is_read_in_the_tail() -> None:
     layer = make(Case(routing="sentinels", tokens=40))
     out, pre = forward(layer)
     grads = flatten(backward(layer, pre))
-    args, flags = arguments(layer)
-    end = int(args[2][-1])
+    routing = arguments(layer).routing
+    end = int(routing.offsets[-1])
     pre[end:] = float("nan")
-    tail_slots = args[0][end:]
+    tail_slots = routing.order[end:]
     assert layer.scale is not None
     layer.scale[tail_slots] = float("nan")
     assert torch.equal(forward(layer)[0], out)

@@ -13,10 +13,9 @@ from torch import fx
 from moec import schedule
 from moec.fx import target_name, value
 from moec.ir import Problem, Site
+from moec.ops.experts import POSITION
 
 from . import markers, promises
-
-_UP, _UP_BIAS, _GATING = 6, 9, 13  # among the arguments of `moec::experts`
 
 
 def take_declarations(
@@ -57,7 +56,7 @@ def _problem(site: Site, product: fx.Node | None) -> Problem | None:
     if product is None or site.num_experts is None or site.d_model is None or site.d_expert is None:
         return None
     whole = target_name(product) == "experts"
-    x, weights = product.args[0], product.args[_UP if whole else 1]
+    x, weights = product.args[0], product.args[POSITION["up"] if whole else 1]
     rows = value(x) if isinstance(x, fx.Node) else None
     first = weights[0] if isinstance(weights, (list, tuple)) else None
     weight = value(first) if isinstance(first, fx.Node) else None
@@ -74,7 +73,7 @@ def _problem(site: Site, product: fx.Node | None) -> Problem | None:
         device=weight.device.type,
         training=torch.is_grad_enabled(),
         stacked=weight.ndim == 3,
-        bias=bool(product.args[_UP_BIAS if whole else 2]) if len(product.args) > 2 else False,
+        bias=bool(product.args[POSITION["up_bias"] if whole else 2]) if len(product.args) > 2 else False,
         granularity=site.granularity,
-        gating=str(product.args[_GATING]) if whole else None,
+        gating=str(product.args[POSITION["gating"]]) if whole else None,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -15,15 +14,13 @@ from moec.ops.experts import Layer, Wanted
 
 from . import native
 
-_PARAMETERS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-
 
 def experts_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(out [T, D], pre [S, F or 2F]); see `moec.ops.experts.forward`."""
     *given, out_dtype, keep, key = experts.with_key(args, "experts_forward")
     layer = experts.unpack(given, key)
     if _strategy(x, layer, out_dtype, training=keep) == "native":
-        return _native_forward(x, layer, keep)
+        return native.forward(x, layer, keep)
     return experts.forward(torch.ops.moec, x, layer, out_dtype, keep)
 
 
@@ -36,38 +33,24 @@ def experts_backward(grad: Tensor, pre: Tensor, x: Tensor, *args: Any) -> list[T
     return experts.backward(torch.ops.moec, grad, pre, x, layer, wanted)
 
 
-def _native_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Tensor]:
-    run: Any = native.forward
-    out, pre = run(x, *_arguments(layer), keep)
-    return out, pre if keep else pre.new_empty((0, layer.body.num_pre))
-
-
 def _native_backward(grad: Tensor, pre: Tensor, x: Tensor, layer: Layer, wanted: Wanted) -> list[Tensor]:
-    needs = [wanted.x, wanted.scale, *map(wanted.needs, _PARAMETERS)]
-    run: Any = native.backward
-    grads = run(grad, x, pre, *_arguments(layer), needs, layer.body.bundled)
-    return [g for g in (*grads[:2], *itertools.chain(*grads[2:])) if g is not None]
-
-
-def _arguments(layer: Layer) -> tuple[Any, ...]:
-    """From `order` to `down_transposed`."""
-    routing, scale, body = layer
-    kind = (routing.slots_per_row, body.activation, body.gating, body.up_transposed, body.down_transposed)
-    return (*routing[:3], scale, *body[:6], *kind)
+    found: list[Tensor] = []
+    for grads in native.backward(grad, x, pre, layer, [wanted.x, wanted.scale, *wanted.needs.values()]):
+        found += [g for g in (grads if isinstance(grads, list) else [grads]) if g is not None]
+    return found
 
 
 def _strategy(x: Tensor, layer: Layer, out_dtype: torch.dtype, training: bool) -> str:
     routing, _, body = layer
-    width = body.down[0].shape[-1 if body.down_transposed else -2]
     one_sided = body.gating == "separate" and bool(body.gate_bias) != bool(body.up_bias)
-    if out_dtype != x.dtype or width != x.shape[1] or one_sided:  # what the library does not know
+    if out_dtype != x.dtype or body.d_model != x.shape[1] or one_sided:  # what the library does not know
         return "composed"
     problem = Problem(
         num_tokens=x.shape[0],
         top_k=routing.slots_per_row,
         num_experts=routing.offsets.shape[0],
         d_model=x.shape[1],
-        d_expert=body.down[0].shape[-2 if body.down_transposed else -1],
+        d_expert=body.d_expert,
         dtype=x.dtype,
         device=x.device.type,
         training=training,

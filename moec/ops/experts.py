@@ -22,6 +22,7 @@ Shape letters: T tokens, K slots per row, S = T*K slots, E experts, D model widt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ SCHEMAS = {
     # `wanted`: which gradients, as positions in [x, scale, *gate, *up, *down, *gate_bias, *up_bias, *down_bias]; None: all.
     "experts_backward": f"(Tensor grad, Tensor pre, Tensor x, {_ARGUMENTS}, int[]? wanted, Tensor? key=None) -> Tensor[]",
 }
+# Where the arguments of `experts` stand, for those who read its nodes in a graph.
+POSITION = {name: i for i, name in enumerate(re.findall(r"(\w+)(?:=None)?(?=[,)])", SCHEMAS["experts"]))}
 
 
 class Activation(NamedTuple):
@@ -96,7 +99,7 @@ class Body(NamedTuple):
     bundled: bool = False
 
     def parameters(self) -> list[Tensor]:
-        return [*self.gate, *self.up, *self.down, *self.gate_bias, *self.up_bias, *self.down_bias]
+        return [t for name in PARAMETERS for t in getattr(self, name)]
 
     @property
     def num_pre(self) -> int:
@@ -106,7 +109,12 @@ class Body(NamedTuple):
 
     @property
     def d_model(self) -> int:
+        """Columns of the result."""
         return self.down[0].shape[-1 if self.down_transposed else -2]
+
+    @property
+    def d_expert(self) -> int:
+        return self.down[0].shape[-2 if self.down_transposed else -1]
 
     def split(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
         """The columns that the activation reads, and those it is multiplied with; views."""
@@ -132,6 +140,9 @@ class Body(NamedTuple):
         grad_gate.copy_(act.backward(grad_h * up, gate))
         torch.mul(grad_h, act.forward(gate), out=grad_up)
         return grad
+
+
+PARAMETERS = Body._fields[:6]
 
 
 class Layer(NamedTuple):
@@ -224,33 +235,27 @@ def backward(
 
 
 class Wanted:
-    """Which of the gradients are wanted, by the name of the parameter."""
+    """Which of the gradients are wanted. `needs`: for each parameter, one for each of its tensors, or one for its stack."""
 
     def __init__(self, wanted: Sequence[int] | None, body: Body) -> None:
         self._body = body
-        self._positions: dict[str, list[int]] = {}
+        self.needs: dict[str, list[bool]] = {}
         at = 2
-        for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
+        for name in PARAMETERS:
             n = len(getattr(body, name))
             n = min(n, 1) if body.bundled else n
-            self._positions[name] = [p for p in range(n) if wanted is None or at + p in wanted]
+            self.needs[name] = [wanted is None or p in wanted for p in range(at, at + n)]
             at += n
         self.x = wanted is None or 0 in wanted
         self.scale = wanted is None or 1 in wanted
 
     def any(self, *names: str) -> bool:
-        return any(self._positions[name] for name in names)
-
-    def needs(self, name: str) -> list[bool]:
-        """One for each tensor of the parameter, or one for its stack."""
-        tensors = getattr(self._body, name)
-        n = min(len(tensors), 1) if self._body.bundled else len(tensors)
-        return [p in self._positions[name] for p in range(n)]
+        return any(any(self.needs[name]) for name in names)
 
     def experts(self, name: str) -> list[int] | None:
         """As `grouped_outer` takes it: None for one stack."""
         stacked = getattr(self._body, name)[0].dim() == (2 if name.endswith("bias") else 3)
-        return None if stacked or self._body.bundled else self._positions[name]
+        return None if stacked or self._body.bundled else [e for e, need in enumerate(self.needs[name]) if need]
 
 
 def _check(x: Tensor, layer: Layer) -> None:

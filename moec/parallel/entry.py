@@ -201,7 +201,7 @@ def agreed(mesh: DeviceMesh, prepare: Callable[[], P], describe: Callable[[P], s
 def _digest(state: State) -> str:
     text = []
     for layer in state.layers:
-        at = exchange._layouts[layer.site]
+        at = exchange.registered(layer.site)
         text.append(repr((layer.found, layer.slots.tolist(), at.dispatcher)))
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 

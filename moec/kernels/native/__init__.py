@@ -1,7 +1,7 @@
 """The experts of a layer on CPU, whole: gather, products, activation, products, sum over a token's slots; and the way back.
 
     if available() is None and refuses(x.dtype, D, F, body) is None:
-        out, pre = forward(x, order, inverse, offsets, scale, [], [gate_up], [down], ...)
+        out, pre = forward(x, layer, keep=True)
 
 The plain ops make one GEMM call per expert and pass several times over [S, D] tensors; here one parallel region does
 everything, and no [S, D] tensor exists. The sources are compiled by g++ (which Inductor needs anyway) the first time they

@@ -1,11 +1,6 @@
 """Tensors to pointers: what `forward` and `backward` of the library are called with.
 
-Shape letters as in `moec.ops.reference`: T tokens, K slots per row, S = T*K slots, E experts, D model width, F expert width.
-
-`gate`, `up` and `down` are lists: one stacked tensor [E, ...], or E tensors, anywhere in memory. With gating "none",
-"halves" and "interleaved" `gate` is empty and `up` holds [F, D] or, with gate and up in one weight, [2F, D]; with
-"separate" both hold [F, D]; `down` holds [D, F]. Where `*_transposed`, the last two dimensions are swapped. Biases: empty,
-one [E, N], or E of [N]; `gate_bias` with "separate" only.
+Shape letters as in `moec.ops.experts`, which says what a `Layer` holds. Tensors may lie anywhere in memory.
 
     pre_p = x[token] W_up.T + b     [S, F] or [S, 2F], in the order of the weight's outputs ("separate": gate first)
     h_p   = act(gate_p) * up_p, or act(pre_p)
@@ -18,18 +13,19 @@ experts.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moec.ops.experts import Body, Layer
+
 from .build import library
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-GATINGS = ("none", "halves", "interleaved", "separate")
 LARGE = 4 << 20  # bytes; larger results get large pages
 
 Needs = bool | Sequence[bool]
@@ -68,90 +64,50 @@ def refuses(dtype: torch.dtype, d_model: int, d_expert: int, body: str | None = 
     return None
 
 
-def forward(
-    x: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    scale: Tensor | None,
-    gate: Sequence[Tensor],
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    gate_bias: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
-    slots_per_row: int,
-    activation: str,
-    gating: str,
-    up_transposed: bool,
-    down_transposed: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """-> out [T, D], pre [S, F or 2F] (its tail is not written) if `keep`, else an empty tensor; both in the dtype of x.
+def forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Tensor]:
+    """-> out [T, D], pre [S, F or 2F] (its tail is not written), or [0, F or 2F] without `keep`; both in the dtype of x.
 
-    `order`, `inverse`, `offsets` as `moec::route` gives them; `scale` [S] float32 or in the dtype of x, None for 1.
+    The scale of `layer` is float32 or in the dtype of x.
     """
-    layer = Layer.of(x, order, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row, gating,
-                     up_transposed, down_transposed)  # fmt: skip
-    call = layer.call(activation)
-    out = _fresh(x, x.shape)
-    pre = _fresh(x, (order.shape[0], layer.d_expert * (1 if gating == "none" else 2))) if keep else x.new_empty(0)
+    operands = Operands.of(x, layer)
+    call = operands.call()
+    out, pre = _fresh(x, x.shape), _fresh(x, (operands.order.shape[0] if keep else 0, layer.body.num_pre))
     call.out, call.pre = out.data_ptr(), pre.data_ptr() if keep else None
     _run("forward", call)
     return out, pre
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    scale: Tensor | None,
-    gate: Sequence[Tensor],
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    gate_bias: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
-    slots_per_row: int,
-    activation: str,
-    gating: str,
-    up_transposed: bool,
-    down_transposed: bool,
-    needs: Sequence[Needs],
-    stack: bool = False,
+    grad: Tensor, x: Tensor, pre: Tensor, layer: Layer, needs: Sequence[Needs]
 ) -> tuple[Tensor | None | list[Tensor | None], ...]:
     """-> gradients of x, scale (None where not needed), and lists for gate, up, down, gate_bias, up_bias, down_bias.
 
     `grad` [T, D] is that of out, `pre` what `forward` kept. `needs`: for each of these eight whether it is needed, or for each
-    tensor of the list. A stack has one gradient, separate weights have one each with storage of its own, or with `stack` one
-    for all of a list, in one tensor [E, ...]; zeros for an expert without rows.
+    tensor of the list. A stack has one gradient, separate weights have one each with storage of its own, or if they are
+    bundled one for all of a list, in one tensor [E, ...]; zeros for an expert without rows.
     """
-    layer = Layer.of(x, order, offsets, scale, gate, up, down, gate_bias, up_bias, down_bias, slots_per_row, gating,
-                     up_transposed, down_transposed)  # fmt: skip
-    call = layer.call(activation)
+    operands, body = Operands.of(x, layer), layer.body
+    call = operands.call()
     grad, pre = grad.contiguous(), pre.contiguous()
     call.grad, call.pre = grad.data_ptr(), pre.data_ptr()
 
     needs_x, needs_scale, *needs_lists = needs
+    scale = layer.scale
     grad_x = _fresh(x, x.shape) if needs_x else None
-    grad_scale = torch.zeros(order.shape[0]) if needs_scale and scale is not None else None
+    grad_scale = torch.zeros(operands.order.shape[0]) if needs_scale and scale is not None else None
     call.grad_x = None if grad_x is None else grad_x.data_ptr()
     call.grad_scale = None if grad_scale is None else grad_scale.data_ptr()
 
-    lists = (gate, up, down, gate_bias, up_bias, down_bias)
-    results = [_like(tensors, need, stack) for tensors, need in zip(lists, needs_lists)]
+    results = [_like(tensors, need, body.bundled) for tensors, need in zip(body[:6], needs_lists)]
     at = [_targets(result, 3 if i < 3 else 2) for i, result in enumerate(results)]
     d_gate, d_up, d_down, d_gate_bias, d_up_bias, d_down_bias = at
     if d_up is not None or d_gate is not None:
-        up_strides = _contiguous(up[0], up_transposed)
-        d_gate, d_up, up_strides = _split(d_gate, d_up, up_strides, gating, layer.d_expert, x.element_size())
+        up_strides = _contiguous(body.up[0], body.up_transposed)
+        d_gate, d_up, up_strides = _split(d_gate, d_up, up_strides, body, x.element_size())
         call.gate_grad, call.up_grad = _operand(d_gate, up_strides), _operand(d_up, up_strides)
     if d_down is not None:
-        call.down_grad = _operand(d_down, _contiguous(down[0], down_transposed))
-    d_gate_bias, d_up_bias, _ = _split(d_gate_bias, d_up_bias, (1, 0), gating, layer.d_expert, x.element_size())
+        call.down_grad = _operand(d_down, _contiguous(body.down[0], body.down_transposed))
+    d_gate_bias, d_up_bias, _ = _split(d_gate_bias, d_up_bias, (1, 0), body, x.element_size())
     call.gate_bias_grad, call.up_bias_grad, call.down_bias_grad = map(_address, (d_gate_bias, d_up_bias, d_down_bias))
     _run("backward", call)
     if grad_scale is not None and scale is not None:
@@ -160,16 +116,14 @@ def backward(
 
 
 @dataclass
-class Layer:
-    """Everything about a call that both directions read; keeps alive what the pointers point at."""
+class Operands:
+    """What both directions read, by pointer; keeps alive what the pointers point at."""
 
     x: Tensor
     order: Tensor
     offsets: Tensor
     scale: Tensor | None
-    slots_per_row: int
-    gating: str
-    d_expert: int
+    layer: Layer
     gate: tuple[Pointers | None, tuple[int, int]]
     up: tuple[Pointers, tuple[int, int]]
     down: tuple[Pointers, tuple[int, int]]
@@ -177,62 +131,45 @@ class Layer:
     alive: list[object]
 
     @staticmethod
-    def of(
-        x: Tensor,
-        order: Tensor,
-        offsets: Tensor,
-        scale: Tensor | None,
-        gate: Sequence[Tensor],
-        up: Sequence[Tensor],
-        down: Sequence[Tensor],
-        gate_bias: Sequence[Tensor],
-        up_bias: Sequence[Tensor],
-        down_bias: Sequence[Tensor],
-        slots_per_row: int,
-        gating: str,
-        up_transposed: bool,
-        down_transposed: bool,
-    ) -> Layer:
-        _check(x, scale, gate, up, down, (gate_bias, up_bias, down_bias), gating)
+    def of(x: Tensor, layer: Layer) -> Operands:
+        _check(x, layer)
+        routing, scale, body = layer
         alive: list[object] = []
-        size, d_expert = x.element_size(), down[0].shape[-2 if down_transposed else -1]
-        at, strides = _weights(up, up_transposed, alive)
-        gate_at, gate_strides = _weights(gate, up_transposed, alive) if gate else (None, strides)
+        size = x.element_size()
+        at, strides = _weights(body.up, body.up_transposed, alive)
+        gate_at, gate_strides = _weights(body.gate, body.up_transposed, alive) if body.gate else (None, strides)
         if gate_strides != strides:
-            at, strides = _weights([w.contiguous() for w in up], up_transposed, alive)
-            gate_at, _ = _weights([w.contiguous() for w in gate], up_transposed, alive)
-        gate_at, up_at, strides = _split(gate_at, at, strides, gating, d_expert, size)
+            at, strides = _weights([w.contiguous() for w in body.up], body.up_transposed, alive)
+            gate_at, _ = _weights([w.contiguous() for w in body.gate], body.up_transposed, alive)
+        gate_at, up_at, strides = _split(gate_at, at, strides, body, size)
         assert up_at is not None
-        biases = [
-            _pointers([t.contiguous() for t in b], 2, alive) if b else None for b in (gate_bias, up_bias, down_bias)
-        ]
-        biases[0], biases[1], _ = _split(biases[0], biases[1], (1, 0), gating, d_expert, size)
-        return Layer(
+        biases = [_pointers([t.contiguous() for t in b], 2, alive) if b else None for b in body[3:6]]
+        biases[0], biases[1], _ = _split(biases[0], biases[1], (1, 0), body, size)
+        return Operands(
             x=x.contiguous(),
-            order=order.contiguous(),
-            offsets=offsets.contiguous(),
+            order=routing.order.contiguous(),
+            offsets=routing.offsets.contiguous(),
             scale=None if scale is None else scale.contiguous(),
-            slots_per_row=slots_per_row,
-            gating=gating,
-            d_expert=d_expert,
+            layer=layer,
             gate=(gate_at, strides),
             up=(up_at, strides),
-            down=_weights(down, down_transposed, alive),
+            down=_weights(body.down, body.down_transposed, alive),
             biases=biases,
             alive=alive,
         )
 
-    def call(self, activation: str) -> Call:
+    def call(self) -> Call:
+        routing, _, body = self.layer
         call = Call(
             dtype=DTYPES.index(self.x.dtype),
-            activation=ACTIVATIONS.index(activation),
-            gated=self.gating != "none",
-            interleaved=self.gating == "interleaved",
+            activation=ACTIVATIONS.index(body.activation),
+            gated=body.gating != "none",
+            interleaved=body.gating == "interleaved",
             tokens=self.x.shape[0],
-            slots_per_row=self.slots_per_row,
+            slots_per_row=routing.slots_per_row,
             experts=self.offsets.shape[0],
             d_model=self.x.shape[1],
-            d_expert=self.d_expert,
+            d_expert=body.d_expert,
             threads=torch.get_num_threads(),
             order=self.order.data_ptr(),
             offsets=self.offsets.data_ptr(),
@@ -242,30 +179,25 @@ class Layer:
             gate=_operand(*self.gate),
             up=_operand(*self.up),
             down=_operand(*self.down),
-            bias_step=2 if self.gating == "interleaved" else 1,
+            bias_step=2 if body.gating == "interleaved" else 1,
         )
         call.gate_bias, call.up_bias, call.down_bias = map(_address, self.biases)
         return call
 
 
-def _check(
-    x: Tensor,
-    scale: Tensor | None,
-    gate: Sequence[Tensor],
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    biases: Iterable[Sequence[Tensor]],
-    gating: str,
-) -> None:
-    if reason := refuses(x.dtype, x.shape[1], down[0].shape[-1]):
+def _check(x: Tensor, layer: Layer) -> None:
+    _, scale, body = layer
+    if reason := refuses(x.dtype, x.shape[1], body.d_expert):
         raise ValueError(f"moec native: {reason}")
-    for tensors in (gate, up, down, *biases):
+    for tensors in body[:6]:
         if tensors and tensors[0].dtype != x.dtype:
             raise ValueError(f"moec native: expected weights and biases of {x.dtype}, found {tensors[0].dtype}")
     if scale is not None and scale.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"moec native: expected a scale of float32 or {x.dtype}, found {scale.dtype}")
-    if bool(gate) != (gating == "separate"):
-        raise ValueError(f"moec native: gating {gating!r} with {len(gate)} tensors for gate; only 'separate' has them")
+    if bool(body.gate) != (body.gating == "separate"):
+        raise ValueError(
+            f"moec native: gating {body.gating!r} with {len(body.gate)} tensors for gate; only 'separate' has them"
+        )
 
 
 def _weights(weights: Sequence[Tensor], transposed: bool, alive: list[object]) -> tuple[Pointers, tuple[int, int]]:
@@ -302,13 +234,13 @@ def _stack_pointers(stack: Tensor) -> Pointers:
 
 
 def _split(
-    gate: Pointers | None, up: Pointers | None, strides: tuple[int, int], gating: str, d_expert: int, size: int
+    gate: Pointers | None, up: Pointers | None, strides: tuple[int, int], body: Body, size: int
 ) -> tuple[Pointers | None, Pointers | None, tuple[int, int]]:
     """A weight that holds gate and up is two, with other strides: (gate, up, strides (out, in))."""
     out_stride, in_stride = strides
-    if up is None or gating in ("none", "separate"):
+    if up is None or body.gating in ("none", "separate"):
         return gate, up, strides
-    step, strides = (d_expert, strides) if gating == "halves" else (1, (2 * out_stride, in_stride))
+    step, strides = (body.d_expert, strides) if body.gating == "halves" else (1, (2 * out_stride, in_stride))
     return up, np.where(up == 0, up, up + np.uint64(step * out_stride * size)), strides
 
 
